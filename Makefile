@@ -1,0 +1,30 @@
+# `make quickstart` and `make test` need nothing but Python 3.11 or newer and a network to install from.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart test test-fast check clean
+
+quickstart: $(STAMP) ## install, run a small study on real digits, show the best run
+	$(BIN)/dpsink-tune sweep experiments/studies/quickstart.yaml
+	$(BIN)/dpsink-analysis best quickstart --force
+
+test: $(STAMP) check ## everything
+	$(BIN)/pytest
+
+test-fast: $(STAMP) check ## daily work: without the slow tests
+	$(BIN)/pytest -m "not slow"
+
+check: $(STAMP) ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+$(STAMP): setup.cfg pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,6 @@
+"""`python -m dpsink`."""
+
+from dpsink.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Atomic checkpoint folders: safetensors and JSON, no pickle. A run folder holds at most one that counts.
+
+    RUN/config.yaml             the trial, for people
+    RUN/ledger/                 reservations (`dpsink.privacy.budget`)
+    RUN/checkpoint-0000000123/  model, optimiser, public randomness, reports so far, sample grid
+    RUN/result.json             written once, when the trial has ended
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dpsink.config import Strict, TrialConfig
+from dpsink.engine import TrialState
+from dpsink.errors import InputError
+from dpsink.generators import build_generator
+
+PREFIX = "checkpoint-"
+FORMAT = 1
+
+
+class Report(Strict):
+    """What a trial tells at an evaluation point: functions of the private generator and of public data only.
+
+    `budget_fraction` is charged steps over the steps allowed, the time axis that trials have in common.
+    """
+
+    step: int
+    charged: int
+    epsilon: float
+    budget_fraction: float
+    steps_per_second: float
+    status: str
+    metrics: dict[str, float] = Field(default_factory=dict)
+
+
+class CheckpointState(Strict):
+    """The JSON part of a checkpoint."""
+
+    format: int = FORMAT
+    config: TrialConfig
+    plan: dict[str, Any]
+    image_shape: tuple[int, int, int]
+    num_classes: int = Field(ge=1)
+    data_fingerprint: str
+    step: int = Field(ge=0)
+    seconds: float = 0.0
+    witness: dict[str, Any] = Field(default_factory=dict, description="the ledger as this checkpoint saw it")
+    reports: tuple[Report, ...] = ()
+
+
+def save_checkpoint(run: Path, description: CheckpointState, state: TrialState, grid: bytes) -> Path:
+    """Writes a checkpoint so that a crash leaves either the old or the new one, and drops the old.
+
+    Args:
+        grid: a PNG of samples.
+    """
+    final = run / f"{PREFIX}{description.step:010d}"
+    draft = run / f".draft-{os.getpid()}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    save_file(_contiguous(state.generator.state_dict()), draft / "model.safetensors")
+    save_file(_optimizer_tensors(state), draft / "optimizer.safetensors")
+    (draft / "state.json").write_text(description.model_dump_json(indent=1), encoding="utf-8")
+    (draft / "samples.png").write_bytes(grid)
+    _replace_folder(draft, final)
+    for old in _checkpoints(run):
+        if old != final:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint folder of a run, None before the first."""
+    return max(_checkpoints(run), default=None)
+
+
+def read_state(checkpoint: Path) -> CheckpointState:
+    """The JSON part of a checkpoint.
+
+    Raises:
+        InputError: missing, unreadable, or of another format.
+    """
+    path = checkpoint / "state.json"
+    try:
+        return CheckpointState.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{checkpoint}: holds no checkpoint (no state.json); give the folder of a run") from None
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise InputError(f"{path}: not a checkpoint of this version: {str(error).splitlines()[0]}") from None
+
+
+def restore_state(checkpoint: Path, state: TrialState) -> None:
+    """Fills a freshly built `TrialState` from a checkpoint, in place."""
+    load_weights(checkpoint, state.generator)
+    tensors = _load(checkpoint / "optimizer.safetensors")
+    state.rng.set_state(tensors.pop("rng"))
+    state.step = int(tensors.pop("step"))
+    if state.optimizer is None:
+        return
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, _, moment = name.partition(".")
+        moments.setdefault(int(index), {})[moment] = tensor
+    groups = state.optimizer.state_dict()["param_groups"]
+    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def load_weights(checkpoint: Path, generator: nn.Module) -> None:
+    """Loads the generator's weights.
+
+    Raises:
+        InputError: damaged file, or weights of another generator.
+    """
+    tensors = _load(checkpoint / "model.safetensors")
+    try:
+        generator.load_state_dict(tensors)
+    except RuntimeError as error:
+        line = " ".join(str(error).split())[:200]
+        raise InputError(f"{checkpoint}: weights do not fit the generator of its config: {line}") from None
+
+
+def load_generator(place: Path) -> tuple[nn.Module, CheckpointState]:
+    """The trained generator of a run, checkpoint or export folder, in evaluation mode, with its description."""
+    checkpoint = place if (place / "state.json").exists() else latest_checkpoint(place)
+    if checkpoint is None:
+        raise InputError(f"{place}: holds no checkpoint; give the folder of a run, or train it first")
+    description = read_state(checkpoint)
+    generator = build_generator(description.config, description.image_shape, description.num_classes)
+    load_weights(checkpoint, generator)
+    return generator.eval(), description
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a text file whole, durably."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+    _fsync(path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that this package wrote."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return sorted(path for path in run.glob(f"{PREFIX}*") if path.is_dir())
+
+
+def _replace_folder(draft: Path, final: Path) -> None:
+    for path in (*draft.iterdir(), draft):
+        _fsync(path)
+    if final.exists():  # the same step again, after a replay that ended here
+        shutil.rmtree(final)
+    draft.rename(final)
+    _fsync(final.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _optimizer_tensors(state: TrialState) -> dict[str, Tensor]:
+    tensors = {"rng": state.rng.get_state(), "step": torch.tensor(state.step)}
+    moments = state.optimizer.state_dict()["state"] if state.optimizer else {}
+    for index, entries in moments.items():
+        tensors |= {f"{index}.{name}": value for name, value in entries.items()}
+    return _contiguous(tensors)
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None

@@ -1,0 +1,322 @@
+"""The one description of a trial: a frozen tree of pydantic models, read from YAML and overrides.
+
+Everything that can change a trial's result is in `TrialConfig`; where it runs and how fast
+(`Performance`) and where the data lie are not, so the same file gives the same trial anywhere.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dpsink.errors import InputError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+DEFAULT_VALIDATION_SIZE = {"digits": 180}  # other data sets: 0, the paper's protocol
+
+
+class Strict(BaseModel):
+    """Base of every settings model: immutable, and a misspelt key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True, ser_json_inf_nan="constants")
+
+
+class DataConfig(Strict):
+    """Which images are private, and which may be looked at."""
+
+    name: Literal["digits", "mnist", "fashion_mnist"] = "digits"
+    validation_size: int = Field(
+        default=0, ge=0, description="images held out of the training set for selection"
+    )
+    validation: Literal["public"] = Field(default="public", description="who may see the validation split")
+    test: Literal["public"] = Field(default="public", description="who may see the test split")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_validation_size(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "validation_size" not in values:
+            size = DEFAULT_VALIDATION_SIZE.get(values.get("name", "digits"), 0)
+            return {**values, "validation_size": size}
+        return values
+
+
+class ConvCondConfig(Strict):
+    """Transposed-convolution generator of the paper, conditioned on the label."""
+
+    kind: Literal["conv_cond"] = "conv_cond"
+    latent_dim: int = Field(default=16, ge=1)
+    hidden_dim: int = Field(default=64, ge=1)
+    embed_dim: int = Field(default=8, ge=1)
+
+
+class ClassMeanConfig(Strict):
+    """The control: one private release of the class means, plus public white noise when sampling."""
+
+    kind: Literal["class_mean"] = "class_mean"
+    noise_std: float = Field(
+        default=0.3, ge=0, le=2, description="public white noise on [-1, 1] pixels, standard deviation"
+    )
+
+
+GeneratorConfig = Annotated[ConvCondConfig | ClassMeanConfig, Field(discriminator="kind")]
+
+
+class SinkhornConfig(Strict):
+    """The semi-debiased entropic transport loss (paper, equations 8 to 11)."""
+
+    cost: Literal["l1+l2", "l2", "l1"] = "l1+l2"
+    l1_weight: float = Field(default=1.0, ge=0, le=100, description="m, the weight of the L1 part")
+    p: Literal[1, 2] = 1
+    blur: float = Field(default=0.05, gt=0, le=1000, description="entropic regularisation is blur ** p")
+    debias_ratio: float = Field(default=0.2, ge=0, le=1)
+    label_weight: float = Field(default=15.0, ge=0, le=1e4, description="scale of the one-hot label")
+    gen_batch_size: int = Field(default=50, ge=2, le=100_000, description="n, generated points per step")
+    labels: Literal["balanced", "uniform"] = Field(
+        default="balanced", description="labels of generated points: equal counts, or drawn uniformly"
+    )
+    backend: Literal["analytic", "geomloss"] = Field(
+        default="analytic", description="batch mechanism only: own gradient, or geomloss and autograd"
+    )
+
+
+class PrivacyConfig(Strict):
+    """Mechanism and budget. Give `noise_multiplier` (steps follow) or `steps` (noise follows)."""
+
+    mechanism: Literal["record", "batch"] = "record"
+    target_epsilon: float = Field(default=10.0, gt=0, description="inf runs NON-PRIVATE")
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    noise_multiplier: float | None = Field(default=None, ge=0, description="σ, relative to the sensitivity")
+    clip_norm: float = Field(default=20.0, gt=0, le=1e9)
+    batch_size: int = Field(default=500, ge=1, description="expected size of the Poisson batch, q·N")
+    steps: int | None = Field(default=None, ge=1, description="train this long; σ is calibrated to it")
+    step_limit: int | None = Field(default=None, ge=1, description="stop here even if budget is left")
+
+    @field_validator("target_epsilon", "noise_multiplier", "clip_norm", "delta")
+    @classmethod
+    def _not_nan(cls, value: float | None) -> float | None:
+        if value is not None and math.isnan(value):
+            raise ValueError("must be a number, not NaN")
+        return value
+
+    @model_validator(mode="after")
+    def _steps_or_noise(self) -> "PrivacyConfig":
+        if self.steps is not None and self.step_limit is not None:
+            raise ValueError("set steps or step_limit, not both")
+        if self.private and self.noise_multiplier == 0:
+            raise ValueError("noise_multiplier=0 must be > 0; for a run without privacy set target_epsilon=.inf")
+        if self.private and self.steps is not None and self.noise_multiplier is not None:
+            raise ValueError("set noise_multiplier or steps, not both: each follows from the other")
+        if not self.private and self.steps is None:
+            raise ValueError("target_epsilon=inf has no budget that ends the run; set steps")
+        return self
+
+    @property
+    def private(self) -> bool:
+        return math.isfinite(self.target_epsilon)
+
+
+class OptimizerConfig(Strict):
+    """Adam."""
+
+    lr: float = Field(default=1e-3, gt=0, le=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    schedule: Literal["constant", "cosine"] = "constant"
+
+
+class EvaluationConfig(Strict):
+    """What is measured at each evaluation point, on public data."""
+
+    points: int = Field(default=1, ge=1, le=1000, description="evaluations and checkpoints per trial")
+    samples: int = Field(default=2000, ge=20, description="synthetic images per evaluation")
+    classifiers: tuple[Literal["logreg", "mlp", "cnn"], ...] = ("logreg", "mlp", "cnn")
+    extractor: Literal["classifier", "inception"] = "classifier"
+
+
+class TrialConfig(Strict):
+    """One trial, whole."""
+
+    seed: int = Field(
+        default=0, ge=0, lt=2**63, description="public: initialisation, latents and labels, never the noise"
+    )
+    data: DataConfig = DataConfig(validation_size=DEFAULT_VALIDATION_SIZE["digits"])
+    generator: GeneratorConfig = ConvCondConfig()
+    sinkhorn: SinkhornConfig = SinkhornConfig()
+    privacy: PrivacyConfig = PrivacyConfig(noise_multiplier=3.0)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_generator_kind(cls, values: Any) -> Any:
+        generator = values.get("generator") if isinstance(values, dict) else None
+        if isinstance(generator, dict) and "kind" not in generator:
+            return {**values, "generator": {"kind": "conv_cond", **generator}}
+        return values
+
+    @model_validator(mode="after")
+    def _noise_is_determined(self) -> "TrialConfig":
+        privacy, control = self.privacy, self.generator.kind == "class_mean"
+        if control and (privacy.noise_multiplier is not None or privacy.steps is not None):
+            raise ValueError(
+                "generator.kind=class_mean is one release: leave privacy.noise_multiplier and steps out"
+            )
+        if not control and privacy.private and privacy.noise_multiplier is None and privacy.steps is None:
+            raise ValueError("privacy needs noise_multiplier (steps follow) or steps (noise follows)")
+        if self.sinkhorn.backend == "geomloss" and privacy.mechanism == "record":
+            raise ValueError("sinkhorn.backend=geomloss serves privacy.mechanism=batch only")
+        return self
+
+
+class Performance(Strict):
+    """Where and how fast a trial runs. Nothing here changes ε, the steps or the mathematics."""
+
+    device: str = "cpu"
+    threads: int = Field(default=0, ge=0, description="CPU threads of the tensor library; 0: its default")
+
+
+def flatten(config: BaseModel) -> dict[str, Any]:
+    """Dotted path to value, for every leaf of a settings tree."""
+    leaves: dict[str, Any] = {}
+    _collect_leaves("", config.model_dump(mode="json"), leaves)
+    return leaves
+
+
+def _collect_leaves(prefix: str, value: Any, leaves: dict[str, Any]) -> None:
+    if not isinstance(value, dict):
+        leaves[prefix] = ",".join(map(str, value)) if isinstance(value, list) else value
+        return
+    for key, child in value.items():
+        _collect_leaves(f"{prefix}.{key}" if prefix else key, child, leaves)
+
+
+def config_sha256(config: BaseModel) -> str:
+    """SHA-256 of the canonical JSON of a settings tree, hexadecimal."""
+    text = json.dumps(config.model_dump(mode="json"), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_config(path: Path | None = None, overrides: Iterable[str] = ()) -> TrialConfig:
+    """Reads a trial from YAML, then applies `path.to.key=value` overrides.
+
+    Raises:
+        InputError: unreadable file, unknown key (the nearest is named), a value outside its range.
+    """
+    tree = read_yaml(path) if path is not None else {}
+    for override in overrides:
+        apply_override(tree, override)
+    return validate(TrialConfig, tree, source=str(path) if path else "settings")
+
+
+def dump_config(config: BaseModel) -> str:
+    """The settings as YAML that `load_config` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file whose top level is a mapping."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give the path of a YAML file") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: cannot be read as YAML: {_one_line(error)}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: must hold key: value settings, not a {type(tree).__name__}")
+    return tree
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Sets one `path.to.key=value` in a nested mapping, in place; the value is YAML."""
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise InputError(f"override '{override}' must be path.to.key=value, such as optimizer.lr=1e-3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"override '{override}' has a value that is not YAML: {_one_line(error)}") from None
+    set_path(tree, path.strip(), value)
+
+
+def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Sets `a.b.c` in a nested mapping, in place, making the mappings on the way."""
+    *parents, leaf = path.split(".")
+    for key in parents:
+        child = tree.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise InputError(f"'{path}': '{key}' is a value, not a group of settings")
+        tree = child
+    tree[leaf] = value
+
+
+def validate(model: type[Model], tree: Mapping[str, Any], *, source: str) -> Model:
+    """Builds a settings model, or raises one line that says which value broke which rule."""
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(f"{source}: {_explain(model, error)}") from None
+
+
+def _explain(model: type[BaseModel], error: ValidationError) -> str:
+    details = error.errors()
+    # An unknown key explains the errors that follow from it: tell it first.
+    first = next((one for one in details if one["type"] == "extra_forbidden"), details[0])
+    location = [str(part) for part in first["loc"]]
+    path = ".".join(part for part in location if part not in _union_tags())
+    if first["type"] == "extra_forbidden":
+        return f"unknown key '{path}'{_nearest(location[-1], _names_at(model, location[:-1]))}"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(first.get("input"), dict) or not path else f"={first.get('input')!r}"
+    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+    return f"{path}{shown}: {message}{more}" if path else f"{message}{more}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A hint for an error message: the known name closest to a misspelt one, or all of them."""
+    return _nearest(name, sorted(known))
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def _union_tags() -> set[str]:
+    return {"conv_cond", "class_mean"}
+
+
+def _names_at(model: type[BaseModel], location: list[str]) -> list[str]:
+    """Field names of the settings group that a pydantic error location points into."""
+    groups = [model]
+    for part in location:
+        inner = [group for parent in groups for group in _children(parent, part)]
+        groups = inner or groups  # a union's tag or a list's index names no field
+    return sorted({name for group in groups for name in group.model_fields})
+
+
+def _children(model: type[BaseModel], field: str) -> list[type[BaseModel]]:
+    info = model.model_fields.get(field)
+    return _models_in(info.annotation) if info else []
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

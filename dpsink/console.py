@@ -1,0 +1,110 @@
+"""What all commands share: exit codes, one-line errors, JSON on stdout and everything else on stderr."""
+
+import json
+import logging
+import math
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import click
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from dpsink.errors import InputError
+
+FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def new_app(name: str, purpose: str) -> typer.Typer:
+    """A command group that shows help when it is called bare."""
+    return typer.Typer(
+        name=name, help=purpose, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+        rich_markup_mode=None,
+    )  # fmt: skip
+
+
+def run(app: typer.Typer) -> None:
+    """Runs a command line to its exit code: 0, 1 failed, 2 bad input (one line, no traceback)."""
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except InputError as error:
+        fail(str(error), BAD_INPUT)
+    except click.exceptions.NoArgsIsHelpError as error:
+        fail(error.format_message(), BAD_INPUT)
+    except click.ClickException as error:
+        fail(f"{error.format_message()} (see --help)", BAD_INPUT)
+    except (KeyboardInterrupt, click.Abort):
+        fail("interrupted", INTERRUPTED)
+
+
+def fail(message: str, code: int) -> None:
+    """Prints one line on stderr and exits."""
+    err.print(f"error: {message}" if code == BAD_INPUT else message, markup=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def set_up_logging(level: str = "info") -> None:
+    """Log lines of this project on stderr."""
+    handler = RichHandler(console=err, show_path=False, show_level=False, log_time_format="%H:%M:%S")
+    logger = logging.getLogger("dpsink")
+    logger.handlers = [handler]
+    logger.setLevel(level.upper())
+    logger.propagate = False
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout; infinities become strings, so that any parser takes it."""
+    json.dump(_plain(document), sys.stdout, indent=1, default=str)
+    sys.stdout.write("\n")
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """An empty table in the house style; numbers are right-aligned by `add_row` callers' formatting."""
+    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        made.add_column(column, justify="left" if index == 0 else "right")
+    return made
+
+
+def metric_text(value: float | None) -> str:
+    """A metric for a table: four significant digits, a dash where there is none."""
+    if value is None or math.isnan(value):
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[Callable[[], bool]]:
+    """Turns Ctrl-C and SIGTERM into a flag, so that a trial can end cleanly; a second Ctrl-C kills."""
+    asked: list[int] = []
+
+    def ask(number: int, _frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        err.print("stopping at the next step …", markup=False)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(child) for child in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

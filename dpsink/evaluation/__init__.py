@@ -1,0 +1,75 @@
+"""How good are synthetic images? Judged on public real ones, by classifiers, feature distances and variety."""
+
+from collections.abc import Sequence
+
+from dpsink.data import LabelledImages
+from dpsink.errors import InputError
+from dpsink.evaluation.classifiers import CLASSIFIERS, classifier_accuracies
+from dpsink.evaluation.extractors import (
+    Extractor,
+    build_extractor,
+    classifier_extractor,
+    inception_extractor,
+)
+from dpsink.evaluation.fidelity import WORST_DISTANCE, fid_floor, fidelity
+from dpsink.evaluation.variety import variety
+
+__all__ = [
+    "CLASSIFIERS",
+    "WORST_DISTANCE",
+    "Extractor",
+    "build_extractor",
+    "classifier_accuracies",
+    "classifier_extractor",
+    "evaluate",
+    "fid_floor",
+    "fidelity",
+    "inception_extractor",
+    "variety",
+]
+
+MIN_IMAGES = 10  # a tenth is held back
+
+
+def evaluate(
+    synthetic: LabelledImages,
+    reference: LabelledImages,
+    *,
+    extractor: Extractor,
+    classifiers: Sequence[str] = CLASSIFIERS,
+    seed: int = 0,
+) -> dict[str, float]:
+    """All metrics of synthetic images against real ones; every value is finite, whatever the images show.
+
+    Args:
+        synthetic: uint8 images on the CPU, at least 10; classes may be missing.
+        reference: real images of the same shape and classes, public, at least 10.
+        extractor: of the features behind `fid`, `kid`, `precision` and `recall`.
+        classifiers: names out of `CLASSIFIERS`; may be empty.
+        seed: of everything random; the metrics are a function of it and of the arguments.
+
+    Returns:
+        `fid`, `kid` (down to about 0; at worst 1e6), `precision`, `recall` (in [0, 1]), `variety` (0 for class
+        means, about 1 for real images), `accuracy_<classifier>` (in [0, 1]), and `accuracy`, their mean, where
+        all three classifiers were run.
+
+    Raises:
+        InputError: too few images, sets that do not match, or an unknown classifier.
+    """
+    _check(synthetic, reference)
+    return (
+        fidelity(synthetic, reference, extractor=extractor, seed=seed)
+        | {"variety": variety(synthetic, reference)}
+        | classifier_accuracies(synthetic, reference, classifiers=classifiers, seed=seed)
+    )
+
+
+def _check(synthetic: LabelledImages, reference: LabelledImages) -> None:
+    fewest = min(len(synthetic), len(reference))
+    if fewest < MIN_IMAGES:
+        raise InputError(f"{fewest} images are too few to evaluate; give {MIN_IMAGES} or more")
+    if (synthetic.shape, synthetic.num_classes) != (reference.shape, reference.num_classes):
+        raise InputError(
+            f"synthetic images {synthetic.shape} of {synthetic.num_classes} classes must match the reference's "
+            f"{reference.shape} of {reference.num_classes}; evaluate against the data set they were made for"
+        )

@@ -1,0 +1,109 @@
+"""Distances between sets of images in feature space, by torch-fidelity's own functions.
+
+Every value is finite: where a distance is not defined or overflows it is `WORST_DISTANCE`.
+"""
+
+from functools import lru_cache
+
+from torch import Tensor
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+from dpsink.data import LabelledImages
+from dpsink.evaluation.extractors import Extractor
+
+WORST_DISTANCE = 1e6
+KID_SUBSET_SIZE = 1000  # torch-fidelity's; smaller sets are used whole
+NEIGHBOURS = 3  # of the k-NN balls of precision and recall, arXiv 1904.06991
+DISTANCE_ROWS = 2000  # of the distance matrix held at once: 160 MB against 10,000 images
+
+
+def fidelity(
+    synthetic: LabelledImages, reference: LabelledImages, *, extractor: Extractor, seed: int = 0
+) -> dict[str, float]:
+    """`fid`, `kid`, `precision` and `recall` of synthetic images against real ones.
+
+    Args:
+        synthetic: at least 2 images.
+        reference: at least 2 real images of the same shape, public, not changed afterwards: their features
+            are kept in memory.
+        extractor: of the features.
+        seed: of KID's subsets.
+    """
+    # float64: in float32 the distance between equal features is not 0, and a collapsed generator gets recall.
+    generated, real = (
+        extractor.features(synthetic.images).double(),
+        _reference_features(extractor, reference.images),
+    )
+    return {"fid": fid(generated, real), "kid": kid(generated, real, seed=seed)} | precision_recall(
+        generated, real
+    )
+
+
+def fid(features_a: Tensor, features_b: Tensor) -> float:
+    """Fréchet distance between two Gaussians fitted to features, in [0, 1e6] (arXiv 1706.08500, Equation 6).
+
+    Args:
+        features_a: float64, (N, D), N >= 2. Symmetric in both arguments.
+        features_b: float64, (M, D), M >= 2.
+    """
+    statistics = [fid_features_to_statistics(features) for features in (features_a, features_b)]
+    distance = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+    return max(_bounded(distance), 0.0)  # rounding takes equal sets below 0
+
+
+def kid(features_a: Tensor, features_b: Tensor, *, seed: int = 0) -> float:
+    """Unbiased squared MMD with the cubic kernel, at most 1e6; about 0, of either sign, for equal sets.
+
+    The mean over 100 random subsets of 1,000, or of the smaller set's size (arXiv 1801.01401).
+
+    Args:
+        features_a: float64, (N, D), N >= 2. Symmetric in both arguments.
+        features_b: float64, (M, D), M >= 2.
+        seed: of the subsets.
+    """
+    size = min(KID_SUBSET_SIZE, len(features_a), len(features_b))
+    scores = kid_features_to_metric(
+        features_a, features_b, kid_subset_size=size, rng_seed=seed, verbose=False
+    )
+    return _bounded(scores[KEY_METRIC_KID_MEAN])
+
+
+def precision_recall(generated: Tensor, real: Tensor) -> dict[str, float]:
+    """`precision`, the share of generated features among the real ones, and `recall`, the converse, in [0, 1].
+
+    By k-nearest-neighbour balls (arXiv 1904.06991, Equations 1-2).
+
+    Args:
+        generated: float64, (N, D).
+        real: float64, (M, D).
+    """
+    neighbours = min(NEIGHBOURS, len(generated) - 1, len(real) - 1)
+    scores = prc_features_to_metric(
+        generated,
+        real,
+        prc_neighborhood=neighbours,
+        prc_batch_size=DISTANCE_ROWS,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    return {"precision": scores[KEY_METRIC_PRECISION], "recall": scores[KEY_METRIC_RECALL]}
+
+
+def fid_floor(reference_a: LabelledImages, reference_b: LabelledImages, extractor: Extractor) -> float:
+    """FID between two public sets of real images: what a perfect generator would get."""
+    return fid(
+        extractor.features(reference_a.images).double(), extractor.features(reference_b.images).double()
+    )
+
+
+@lru_cache(maxsize=4)
+def _reference_features(extractor: Extractor, images: Tensor) -> Tensor:
+    """Kept between the evaluations of a trial: Inception takes minutes for 10,000 images on a CPU."""
+    return extractor.features(images).double()
+
+
+def _bounded(distance: float) -> float:
+    # A comparison with NaN is false.
+    return distance if distance < WORST_DISTANCE else WORST_DISTANCE

@@ -1,0 +1,94 @@
+"""The last word on a trained generator: its metrics against real images, and the card that goes with it."""
+
+from pathlib import Path
+from typing import Any
+
+from dpsink.checkpoint import CheckpointState, load_generator
+from dpsink.data import ImageData, load_dataset
+from dpsink.errors import InputError
+from dpsink.evaluation import build_extractor, evaluate
+from dpsink.privacy.ledger import trial_statement
+from dpsink.privacy.plan import NON_PRIVATE, PrivacyPlan
+from dpsink.synthesis import balanced_labels, generate
+
+
+def judge(
+    place: Path,
+    *,
+    samples: int,
+    split: str = "test",
+    seed: int = 0,
+    extractor: str = "classifier",
+    inception_weights: Path | None = None,
+    data_root: Path | None = None,
+) -> dict[str, Any]:
+    """Metrics of a generator on a public split of its own data set. No privacy cost: post-processing.
+
+    Args:
+        place: folder of a run, a checkpoint or an export.
+        samples: synthetic images, balanced over the classes.
+        split: `test` or `validation`.
+
+    Returns:
+        `metrics`, `epsilon`, `delta`, `split`, `samples`, `extractor`, and `privacy`, a line of text.
+    """
+    generator, description = load_generator(place)
+    data = load_dataset(description.config.data, root=data_root)
+    if data.fingerprint != description.data_fingerprint:
+        raise InputError(f"{place}: was trained on other data than what lies under the data root now")
+    reference = _split(data, split)
+    labels = balanced_labels(samples, description.num_classes)
+    synthetic = generate(generator, labels, num_classes=description.num_classes, seed=seed)
+    features = build_extractor(extractor, data.validation or data.test, weights=inception_weights)
+    card = privacy_card(place, description)
+    return {
+        "metrics": evaluate(synthetic, reference, extractor=features, seed=seed),
+        "epsilon": card["epsilon"],
+        "delta": card["delta"],
+        "split": split,
+        "samples": samples,
+        "extractor": features.tag,
+        "privacy": privacy_line(card),
+    }
+
+
+def privacy_card(place: Path, description: CheckpointState) -> dict[str, Any]:
+    """What may be said about a generator's privacy, and where it comes from; stands beside everything made of it."""
+    plan = PrivacyPlan(**description.plan)
+    charged = description.reports[-1].charged if description.reports else plan.steps
+    epsilon = plan.epsilon(charged)
+    return {
+        "private": plan.private,
+        "epsilon": epsilon if plan.private else NON_PRIVATE,
+        "delta": plan.delta if plan.private else None,
+        "mechanism": plan.mechanism,
+        "noise_multiplier": plan.noise_multiplier,
+        "sample_rate": plan.sample_rate,
+        "steps_charged": charged,
+        "records": plan.records,
+        "statement": trial_statement(plan, charged).to_dict(),
+        "source": str(place),
+        "data": description.config.data.name,
+        "data_fingerprint": description.data_fingerprint,
+        "config": description.config.model_dump(mode="json"),
+    }
+
+
+def privacy_line(card: dict[str, Any]) -> str:
+    """One line for people: the guarantee, or that there is none."""
+    if not card["private"]:
+        return f"{NON_PRIVATE}: trained without noise"
+    return (
+        f"(ε, δ) = ({card['epsilon']:.4g}, {card['delta']:g}), add/remove one record, "
+        f"mechanism {card['mechanism']}, σ {card['noise_multiplier']:.4g}, {card['steps_charged']:,} steps charged"
+    )
+
+
+def _split(data: ImageData, split: str) -> Any:
+    if split not in ("test", "validation"):
+        raise InputError(f"--split={split} must be test or validation")
+    if split == "validation":
+        if data.validation is None:
+            raise InputError("--split=validation: this run held no validation images out; use --split=test")
+        return data.validation
+    return data.test

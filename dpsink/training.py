@@ -1,0 +1,269 @@
+"""The training loop. One trial's life: reserve, step, evaluate, checkpoint, report, stop, resume.
+
+`train` yields a report at each evaluation point and knows neither who listens nor what is searched. To resume,
+call it again on the same folder: replayed steps are charged again and drawn with fresh noise.
+"""
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from dpsink.checkpoint import (
+    CheckpointState,
+    Report,
+    latest_checkpoint,
+    read_json,
+    read_state,
+    restore_state,
+    save_checkpoint,
+    write_atomically,
+)
+from dpsink.config import TrialConfig, config_sha256, dump_config
+from dpsink.data import ImageData
+from dpsink.engine import TrialState, initial_state, step
+from dpsink.entropy import Entropy, OsEntropy
+from dpsink.errors import InputError
+from dpsink.evaluation import WORST_DISTANCE, build_extractor, evaluate
+from dpsink.privacy.budget import TrialBudget
+from dpsink.privacy.plan import PrivacyPlan, delta_warning, derive_plan
+from dpsink.synthesis import balanced_labels, generate, sample_grid
+
+log = logging.getLogger("dpsink")
+
+RUNNING, COMPLETED, DIVERGED = "running", "completed", "diverged"
+RESERVATION_SECONDS = 5.0  # steps lost to a crash, in time
+RESERVATION_SHARE = 100  # and at most this part of the budget
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a trial stands, for a progress bar. `epsilon_bound` is what will be spent at the next report."""
+
+    step: int
+    total: int
+    epsilon_bound: float
+
+
+def train(
+    config: TrialConfig,
+    data: ImageData,
+    folder: Path,
+    *,
+    entropy: Entropy | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> Iterator[Report]:
+    """Trains one trial in its folder, from its last checkpoint if there is one.
+
+    Args:
+        config: the trial; a folder that holds another one is refused.
+        data: the loaded data set of `config.data`.
+        folder: the run folder, made if it does not exist.
+        entropy: source of noise and membership; the operating system's by default. No setting, file or
+            environment variable can replace it.
+        should_stop: asked after every step; True ends the trial cleanly, to be resumed.
+        on_progress: told after every reservation.
+
+    Yields:
+        A report at each evaluation point, after its checkpoint is durable. The last one's status is
+        `completed` or `diverged`; an interrupted trial ends without one.
+
+    Raises:
+        InputError: the folder belongs to another trial or process, is damaged, or cannot be written.
+    """
+    with TrialRun.open(config, data, folder, entropy or OsEntropy()) as run:
+        for boundary in run.boundaries_ahead():
+            run.advance(boundary, should_stop, on_progress)
+            if should_stop() and run.state.step < boundary:
+                run.save()
+                return
+            report = run.report()
+            yield report
+            if report.status != RUNNING:
+                return
+
+
+@dataclass
+class TrialRun:
+    """One trial between its boundaries: owns the state, the budget and the folder."""
+
+    config: TrialConfig
+    data: ImageData
+    folder: Path
+    entropy: Entropy
+    plan: PrivacyPlan
+    budget: TrialBudget
+    state: TrialState
+    reports: list[Report] = field(default_factory=list)
+    seconds: float = 0.0  # spent in steps, over all attempts
+
+    @classmethod
+    def open(cls, config: TrialConfig, data: ImageData, folder: Path, entropy: Entropy) -> "TrialRun":
+        """Opens a run folder, restoring the last checkpoint and taking the next attempt at the ledger."""
+        plan = derive_plan(config, len(data.train))
+        if warning := delta_warning(config, len(data.train)):
+            log.warning(warning)
+        _claim_folder(folder, config)
+        checkpoint = latest_checkpoint(folder)
+        state = initial_state(config, data.train)
+        saved = read_state(checkpoint) if checkpoint else None
+        budget = TrialBudget.open(
+            folder / "ledger", plan.terms(data.fingerprint), witness=saved.witness if saved else None
+        )
+        run = cls(config, data, folder, entropy, plan, budget, state)
+        if checkpoint and saved:
+            restore_state(checkpoint, state)
+            run.reports, run.seconds = list(saved.reports), saved.seconds
+            log.info("resuming at step %d of %d; %d charged", state.step, plan.steps, budget.charged)
+        return run
+
+    def __enter__(self) -> "TrialRun":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.budget.close()
+
+    def boundaries_ahead(self) -> list[int]:
+        """Steps after which a report is due, equally spaced up to T, that lie ahead."""
+        if self.reports and self.reports[-1].status != RUNNING:
+            return []
+        points = min(self.config.evaluation.points, self.plan.steps)
+        boundaries = [math.ceil(self.plan.steps * k / points) for k in range(1, points + 1)]
+        reported = self.reports[-1].step if self.reports else 0
+        return [boundary for boundary in boundaries if boundary > reported]
+
+    def advance(
+        self, boundary: int, should_stop: Callable[[], bool], on_progress: Callable[[Progress], None]
+    ) -> None:
+        """Steps up to a boundary, each reserved before its noise is drawn; stops early when asked, when the
+        budget is spent, or when the weights are no longer finite."""
+        while self.state.step < boundary and self.state.finite:
+            granted = self.budget.reserve(min(self._reservation(), boundary - self.state.step))
+            if granted == 0:
+                return
+            on_progress(Progress(self.state.step, self.plan.steps, self._epsilon_at(boundary)))
+            used = self._spend(granted, should_stop)
+            if used < granted:
+                self.budget.settle(used)
+                return
+
+    def report(self) -> Report:
+        """Evaluates on public data, checkpoints, and tells."""
+        metrics = self._evaluate()
+        charged = self.budget.charged
+        report = Report(
+            step=self.state.step,
+            charged=charged,
+            epsilon=self._epsilon(charged),
+            budget_fraction=charged / self.plan.steps,
+            steps_per_second=self.state.step / max(self.seconds, 1e-9),
+            status=self._status(),
+            metrics=metrics,
+        )
+        self.reports.append(report)
+        self.save()
+        if report.status != RUNNING:
+            _write_result(self, report)
+        return report
+
+    def save(self) -> None:
+        """Makes the present state durable."""
+        description = CheckpointState(
+            config=self.config,
+            plan=asdict(self.plan),
+            image_shape=self.data.train.shape,
+            num_classes=self.data.train.num_classes,
+            data_fingerprint=self.data.fingerprint,
+            step=self.state.step,
+            seconds=self.seconds,
+            witness=self.budget.witness(),
+            reports=tuple(self.reports),
+        )
+        grid = sample_grid(self.state.generator, num_classes=self.data.train.num_classes)
+        save_checkpoint(self.folder, description, self.state, grid)
+
+    def _spend(self, granted: int, should_stop: Callable[[], bool]) -> int:
+        started = time.perf_counter()
+        used = 0
+        while used < granted and not should_stop():
+            step(self.state, self.data.train, self.config, self.plan, self.entropy)
+            used += 1
+        self.seconds += time.perf_counter() - started
+        return used
+
+    def _reservation(self) -> int:
+        """About five seconds of steps, at most a hundredth of the budget; one step while the speed is unknown."""
+        rate = self.state.step / self.seconds if self.seconds else 0.0
+        return max(1, min(int(RESERVATION_SECONDS * rate), self.plan.steps // RESERVATION_SHARE))
+
+    def _status(self) -> str:
+        if not self.state.finite:
+            return DIVERGED
+        return COMPLETED if self.state.step >= self.plan.steps or self.budget.remaining == 0 else RUNNING
+
+    def _evaluate(self) -> dict[str, float]:
+        reference = self.data.validation
+        if reference is None:
+            return {}
+        settings = self.config.evaluation
+        if not self.state.finite:
+            return worst_metrics(settings.classifiers)
+        labels = balanced_labels(settings.samples, reference.num_classes)
+        samples = generate(
+            self.state.generator, labels, num_classes=reference.num_classes, seed=self.config.seed + 1
+        )
+        extractor = build_extractor(settings.extractor, reference)
+        return evaluate(samples, reference, extractor=extractor, classifiers=settings.classifiers)
+
+    def _epsilon_at(self, boundary: int) -> float:
+        return self._epsilon(min(self.budget.charged + boundary - self.state.step, self.plan.steps))
+
+    def _epsilon(self, charged: int) -> float:
+        return self.plan.epsilon(charged)
+
+
+def worst_metrics(classifiers: tuple[str, ...]) -> dict[str, float]:
+    """The finite values that a diverged trial reports, so that a searcher can learn from it."""
+    metrics = {"fid": WORST_DISTANCE, "kid": WORST_DISTANCE, "precision": 0.0, "recall": 0.0, "variety": 0.0}
+    return metrics | {f"accuracy_{name}": 0.0 for name in classifiers} | {"accuracy": 0.0}
+
+
+def read_result(folder: Path) -> Report | None:
+    """The final report of a run that has ended, None otherwise."""
+    path = folder / "result.json"
+    return Report.model_validate(read_json(path)["report"]) if path.exists() else None
+
+
+def _write_result(run: TrialRun, report: Report) -> None:
+    result = {"report": report.model_dump(mode="json"), "config_sha256": config_sha256(run.config)}
+    write_atomically(run.folder / "result.json", json.dumps(result, indent=1) + "\n")
+
+
+def _claim_folder(folder: Path, config: TrialConfig) -> None:
+    """Makes the run folder, or recognises it as this trial's."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "config.yaml"
+        if not path.exists():
+            write_atomically(path, dump_config(config))
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
+    if path.read_text(encoding="utf-8") != dump_config(config):
+        raise InputError(
+            f"{folder}: holds another trial (see its config.yaml); choose another --out, or its own settings"
+        )
+    for draft in folder.glob(".draft-*"):
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def use_threads(threads: int) -> None:
+    """Sets the tensor library's CPU threads; 0 keeps its default."""
+    if threads:
+        torch.set_num_threads(threads)

@@ -1,0 +1,47 @@
+"""What all tests share: no test reads or writes a person's own key, cache or MLflow."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpsink.config import DataConfig
+from dpsink.data import ImageData, load_dataset
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keys and caches of the whole test session live in a temporary folder."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(home / "config"))
+        patch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def digits() -> ImageData:
+    """The embedded data set."""
+    return load_dataset(DataConfig())
+
+
+@pytest.fixture
+def data_root() -> Path:
+    """The folder of the real MNIST and Fashion-MNIST; skips where the machine has none."""
+    root = os.environ.get("DPSINK_DATA_ROOT")
+    if not root:
+        pytest.skip("DPSINK_DATA_ROOT is not set: real MNIST is not at hand")
+    return Path(root)
+
+
+class ReplayedEntropy:
+    """Bytes from a seed: two runs with the same seed draw the same noise. Lives under tests/ only."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+
+    def random_bytes(self, count: int) -> bytes:
+        return self.rng.bytes(count)

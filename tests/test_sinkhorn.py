@@ -1,0 +1,164 @@
+"""Transport: agreement with geomloss, closed forms, and the semi-dual."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpsink.config import SinkhornConfig
+from dpsink.sinkhorn import (
+    Points,
+    annealing_schedule,
+    comparison_points,
+    cost_gradient,
+    debiasing_gradients,
+    geomloss_cost,
+    pairwise_cost,
+    potentials,
+    record_terms,
+    regularisation,
+    space_diameter,
+    transport_cost,
+    transport_gradients,
+)
+
+COSTS = [("l1+l2", 1, 1.0), ("l1+l2", 1, 3.0), ("l2", 2, 1.0), ("l1", 1, 1.0), ("l2", 1, 1.0)]
+BLURS = [0.05, 0.5, 5.0]
+
+
+def points(count: int, seed: int, dimension: int = 64) -> Points:
+    rng = torch.Generator().manual_seed(seed)
+    images = torch.rand(count, dimension, generator=rng, dtype=torch.float64) * 2 - 1
+    return Points(images, torch.randint(10, (count,), generator=rng))
+
+
+def settings(cost: str, p: int, m: float, blur: float, **more: object) -> SinkhornConfig:
+    return SinkhornConfig.model_validate({"cost": cost, "p": p, "l1_weight": m, "blur": blur, **more})
+
+
+@pytest.mark.parametrize("blur", BLURS)
+@pytest.mark.parametrize(("cost", "p", "m"), COSTS)
+def test_gradients_agree_with_geomloss_and_autograd(cost: str, p: int, m: float, blur: float) -> None:
+    config = settings(cost, p, m, blur)
+    x, y = points(20, 1), points(33, 2)
+    ours = transport_gradients(x, y, config)
+    reference = transport_gradients(x, y, config.model_copy(update={"backend": "geomloss"}))
+    for mine, theirs in zip(ours, reference, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("blur", BLURS)
+@pytest.mark.parametrize(("cost", "p", "m"), COSTS)
+def test_transport_cost_agrees_with_geomloss(cost: str, p: int, m: float, blur: float) -> None:
+    config = settings(cost, p, m, blur)
+    x, y = points(20, 1), points(33, 2)
+    ours = transport_cost(pairwise_cost(x, y, config), annealing_schedule(64, config))
+    torch.testing.assert_close(ours, geomloss_cost(x, y, config), atol=1e-10, rtol=1e-12)
+
+
+def test_blur_above_the_diameter_agrees_with_geomloss() -> None:
+    config = settings("l2", 2, 1.0, 500.0)
+    x, y = points(7, 1), points(9, 2)
+    torch.testing.assert_close(
+        transport_gradients(x, y, config)[0],
+        transport_gradients(x, y, config.model_copy(update={"backend": "geomloss"}))[0],
+    )
+
+
+@pytest.mark.parametrize(("cost", "p", "m"), COSTS)
+def test_cost_is_that_of_the_joint_points(cost: str, p: int, m: float) -> None:
+    config = settings(cost, p, m, 1.0, label_weight=15.0)
+    x, y = points(6, 1), points(8, 2)
+    joint = [torch.cat([a.images, 15 * torch.nn.functional.one_hot(a.labels, 10)], 1) for a in (x, y)]
+    difference = joint[0][:, None] - joint[1][None]
+    squared, absolute = difference.square().sum(-1), difference.abs().sum(-1)
+    expected = {"l1+l2": squared + m * absolute, "l2": squared, "l1": m * absolute}[cost]
+    torch.testing.assert_close(pairwise_cost(x, y, config), expected)
+
+
+def test_debiasing_gradient_reaches_x_through_both_arguments() -> None:
+    config = settings("l1+l2", 1, 1.0, 5.0)
+    x = points(10, 1)
+    x_tilde = Points(points(3, 2).images, x.labels[:3])
+    leaf, tilde = (images.clone().requires_grad_() for images in (x.images, x_tilde.images))
+    generated = Points(leaf, x.labels)
+    loss = -geomloss_cost(generated, comparison_points(generated, Points(tilde, x_tilde.labels)), config)
+    expected = torch.autograd.grad(loss, (leaf, tilde))
+    for mine, theirs in zip(debiasing_gradients(x, x_tilde, config), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-9, rtol=0)
+
+
+def test_biased_loss_is_the_gradient_of_geomloss_debiased_doubled() -> None:
+    """geomloss' own debiasing is `debias_ratio: 0` with both terms halved."""
+    from geomloss import SamplesLoss
+
+    config = settings("l2", 2, 1.0, 5.0, label_weight=0.0)
+    x, y = points(9, 1), points(11, 2)
+    leaf = x.images.clone().requires_grad_()
+
+    def cost(a: Tensor, b: Tensor) -> Tensor:
+        return (a[:, :, None] - b[:, None]).square().sum(-1)
+
+    solver = SamplesLoss(
+        "sinkhorn", p=2, blur=5.0, debias=True, cost=cost, diameter=space_diameter(64, config),
+        backend="tensorized",
+    )  # fmt: skip
+    (expected,) = torch.autograd.grad(solver(leaf, y.images), leaf)
+    ours = 2 * transport_gradients(x, y, config)[0] + debiasing_gradients(x, points(0, 3), config)[0]
+    torch.testing.assert_close(ours, 2 * expected, atol=1e-6, rtol=1e-5)
+
+
+def test_record_terms_are_the_gradient_of_the_semi_dual() -> None:
+    config = settings("l1+l2", 1, 1.0, 5.0)
+    x, y = points(12, 1), points(7, 2)
+    f = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    leaf = x.images.clone().requires_grad_()
+    scores = (f[:, None] - _autograd_cost(leaf, x.labels, y, config)) / regularisation(config)
+    semi_dual = f.mean() - regularisation(config) * torch.logsumexp(scores, 0).mean()
+    (expected,) = torch.autograd.grad(semi_dual, leaf)
+    coupling = record_terms(x, y, config, potential=f).coupling
+    torch.testing.assert_close(cost_gradient(coupling / 7, x, y, config), expected, atol=1e-12, rtol=0)
+
+
+def test_record_gradient_at_the_optimal_potential_is_the_transport_gradient() -> None:
+    config = settings("l2", 1, 1.0, 50.0)
+    x, y = points(12, 1), points(7, 2)
+    schedule = annealing_schedule(64, config) + [50.0] * 500
+    f, _ = potentials(pairwise_cost(x, y, config), schedule)
+    by_record = cost_gradient(record_terms(x, y, config, potential=f).coupling / 7, x, y, config)
+    f_only = torch.softmax((f[:, None] - pairwise_cost(x, y, config)) / 50.0, 0) / 7
+    torch.testing.assert_close(f_only.sum(1), torch.full((12,), 1 / 12, dtype=torch.float64), atol=1e-8, rtol=0)
+    torch.testing.assert_close(by_record, cost_gradient(f_only, x, y, config))
+
+
+@pytest.mark.parametrize(("cost", "p", "m"), COSTS)
+@pytest.mark.parametrize("blur", BLURS)
+def test_record_norms_equal_the_true_norms_where_nothing_ties(cost: str, p: int, m: float, blur: float) -> None:
+    config = settings(cost, p, m, blur)
+    x, y = points(12, 1), points(7, 2)
+    terms = record_terms(x, y, config)
+    torch.testing.assert_close(terms.norms, _true_norms(terms.coupling, x, y, config), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("cost", "p", "m"), COSTS)
+def test_record_norms_are_never_below_the_true_ones_where_coordinates_tie(cost: str, p: int, m: float) -> None:
+    config = settings(cost, p, m, 5.0)
+    x, y = points(12, 1), points(7, 2)
+    y.images[:, ::2] = 1.0
+    x.images[:, ::2] = 1.0
+    terms = record_terms(x, y, config)
+    assert (terms.norms >= _true_norms(terms.coupling, x, y, config) * (1 - 1e-12)).all()
+
+
+def _true_norms(coupling: Tensor, x: Points, y: Points, config: SinkhornConfig) -> Tensor:
+    columns = [
+        cost_gradient(coupling[:, [j]], x, Points(y.images[[j]], y.labels[[j]]), config).norm()
+        for j in range(y.images.shape[0])
+    ]
+    return torch.stack(columns)
+
+
+def _autograd_cost(images: Tensor, labels: Tensor, y: Points, config: SinkhornConfig) -> Tensor:
+    difference = images[:, None] - y.images[None]
+    image_cost = difference.square().sum(-1) + config.l1_weight * difference.abs().sum(-1)
+    w = config.label_weight
+    return image_cost + (labels[:, None] != y.labels) * (2 * w**2 + 2 * w * config.l1_weight)

@@ -1,0 +1,71 @@
+"""`dpsink-tune sweep · track`: hyperparameter studies from a shell."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dpsink import console
+from dpsink.cli import DataRoot, Json
+
+app = console.new_app("dpsink-tune", "Run hyperparameter studies of private generators under one budget.")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    console.run(app)
+
+
+@app.command()
+def sweep(
+    study_file: Annotated[Path, typer.Argument(help="YAML of the study")],
+    data_root: DataRoot = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="run failed trials again")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a study. To resume it, run the same command again."""
+    from tune.study import load_study
+
+    console.set_up_logging()
+    study = load_study(study_file)
+    from tune.sweep import run_study
+
+    outcome = run_study(study, data_root=data_root, retry_failed=retry_failed)
+    from tune.summary import print_summary, summarise
+
+    document = summarise(outcome, study)
+    if as_json:
+        console.print_json(document)
+    else:
+        print_summary(document)
+    if outcome.unfinished:
+        console.fail(
+            f"{len(outcome.unfinished)} trials are unfinished; run the same command again to go on",
+            console.INTERRUPTED,
+        )
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps `sweep` a command of its own while it is the only one."""
+
+
+@app.command()
+def track(
+    study_folder: Annotated[Path, typer.Argument(help="folder of the study")],
+    tracking_uri: Annotated[str | None, typer.Option(help="MLflow; default: the study's own")] = None,
+) -> None:
+    """Rebuild a study's runs in MLflow from its folder; safe to repeat."""
+    from tune.folder import StudyFolder
+    from tune.tracking import rebuild
+
+    console.set_up_logging()
+    folder = StudyFolder(study_folder)
+    record: Any = folder.read_study()
+    uri = tracking_uri or record.tracking_uri
+    rebuild(folder, uri)
+    console.out.print(f"{len(folder.trials())} trials of {record.name} are in {uri}", markup=False)
+
+
+if __name__ == "__main__":
+    main()

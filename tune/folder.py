@@ -1,0 +1,165 @@
+"""The study folder: the durable record of a study, from which everything else can be rebuilt.
+
+    STUDY/study.yaml              the study file as it was given
+    STUDY/study.json              `StudyRecord`
+    STUDY/ledger/                 the study's privacy ledger
+    STUDY/search/                 the searcher's memory
+    STUDY/trials/NAME/trial.json  `TrialRecord`, written before the trial starts
+    STUDY/trials/NAME/run/        the trial's run folder (`dpsink.checkpoint`)
+    STUDY/trials/NAME/end.json    `TrialEnd`, written by the driver when the trial has ended
+    STUDY/trials/NAME/test.json   metrics on the test split, of chosen trials only
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+
+from dpsink.checkpoint import Report, latest_checkpoint, read_json, read_state, write_atomically
+from dpsink.config import Model, Strict, TrialConfig
+from dpsink.errors import InputError
+from tune import schema
+
+
+class StudyRecord(Strict):
+    """Facts of a study that do not change while it runs."""
+
+    study_id: str
+    name: str
+    experiment: str
+    tracking_uri: str
+    created: str
+    version: str
+    target_epsilon: float
+    delta: float
+    data_name: str
+    data_fingerprint: str
+    extractor: str = Field(description="with the number of images, e.g. classifier@180")
+    objectives: tuple[str, ...]
+    searched: tuple[str, ...] = Field(description="paths of the search space")
+
+
+class TrialRecord(Strict):
+    """One trial as it was decided; written before it starts."""
+
+    name: str
+    role: Literal["baseline", "search"]
+    config_id: str
+    config: TrialConfig
+    params: dict[str, Any] = Field(default_factory=dict, description="searched path to chosen value")
+    number: int | None = Field(default=None, description="the searcher's own number")
+    steps: int
+    sample_rate: float
+    noise_multiplier: float
+
+
+class TrialEnd(Strict):
+    """How a trial ended, in the driver's words."""
+
+    state: schema.State
+    error: str | None = None
+
+
+class StudyFolder:
+    """Reads and writes a study folder; every write is atomic."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def exists(self) -> bool:
+        return (self.path / "study.json").exists()
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger"
+
+    @property
+    def search(self) -> Path:
+        return self.path / "search"
+
+    def trial(self, name: str) -> Path:
+        """Folder of a trial."""
+        return self.path / "trials" / name
+
+    def run(self, name: str) -> Path:
+        """Run folder of a trial, for `dpsink.training.train`."""
+        return self.trial(name) / "run"
+
+    def write_study(self, record: StudyRecord, source: str) -> None:
+        """Creates the folder with the study file's text and its record."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "study.yaml", source)
+            write_atomically(self.path / "study.json", record.model_dump_json(indent=1))
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror}); set another storage") from None
+
+    def read_study(self) -> StudyRecord:
+        """The study's record."""
+        return _read(StudyRecord, self.path / "study.json")
+
+    def add_trial(self, record: TrialRecord) -> None:
+        """Records a trial before it starts."""
+        folder = self.trial(record.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / "trial.json", record.model_dump_json(indent=1))
+
+    def trials(self) -> list[TrialRecord]:
+        """All recorded trials, in the order of their names."""
+        return [_read(TrialRecord, path) for path in sorted(self.path.glob("trials/*/trial.json"))]
+
+    def read_trial(self, name: str) -> TrialRecord:
+        """One trial's record."""
+        return _read(TrialRecord, self.trial(name) / "trial.json")
+
+    def end_trial(self, name: str, end: TrialEnd) -> None:
+        """Records how a trial ended."""
+        write_atomically(self.trial(name) / "end.json", end.model_dump_json(indent=1))
+
+    def forget_end(self, name: str) -> None:
+        """Makes a failed trial unfinished again."""
+        (self.trial(name) / "end.json").unlink(missing_ok=True)
+
+    def end_of(self, name: str) -> TrialEnd | None:
+        """How a trial ended; None while it has not."""
+        path = self.trial(name) / "end.json"
+        return _read(TrialEnd, path) if path.exists() else None
+
+    def reports(self, name: str) -> list[Report]:
+        """All reports of a trial, from its last checkpoint."""
+        checkpoint = latest_checkpoint(self.run(name))
+        return list(read_state(checkpoint).reports) if checkpoint else []
+
+    def grid(self, name: str) -> Path | None:
+        """The PNG of a trial's last samples."""
+        checkpoint = latest_checkpoint(self.run(name))
+        return checkpoint / schema.GRID_ARTIFACT if checkpoint else None
+
+    def write_test(self, name: str, metrics: dict[str, float]) -> None:
+        """Records a chosen trial's metrics on the test split, under their bare names."""
+        write_atomically(self.trial(name) / "test.json", json.dumps(metrics, indent=1))
+
+    def test_metrics(self, name: str) -> dict[str, float]:
+        """Metrics on the test split, empty unless the trial was chosen."""
+        path = self.trial(name) / "test.json"
+        return read_json(path) if path.exists() else {}
+
+    def write_statement(self, statement: dict[str, Any]) -> None:
+        """Records the ledger's present statement."""
+        write_atomically(self.path / "statement.json", json.dumps(statement, indent=1, default=str))
+
+    def statement(self) -> dict[str, Any]:
+        """The ledger's last written statement, empty before the first."""
+        path = self.path / "statement.json"
+        return read_json(path) if path.exists() else {}
+
+
+def _read(model: type[Model], path: Path) -> Model:
+    try:
+        return model.model_validate_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; give the folder of a study") from None
+    except (OSError, UnicodeDecodeError, ValidationError) as error:
+        raise InputError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None

@@ -1,0 +1,228 @@
+"""The searcher: decides trials, writes each into the study folder before it starts, learns from its end.
+
+Ray asks `suggest`; baselines and unfinished trials of an earlier session come first, then Optuna proposes.
+What is decided lives in the study folder and in Optuna's journal, so that a study can be rebuilt at any time
+without Ray's own state.
+"""
+
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optuna
+from ray.tune.search import Searcher
+
+from dpsink.config import TrialConfig, config_sha256
+from dpsink.errors import InputError
+from dpsink.privacy.budget import charged_steps
+from dpsink.privacy.ledger import BudgetExhausted, StudyLedger, TrialCost
+from dpsink.privacy.plan import derive_plan
+from tune import schema
+from tune.folder import StudyFolder, TrialEnd, TrialRecord
+from tune.study import Distribution, Study
+
+log = logging.getLogger("dpsink")
+
+class StudySearcher(Searcher):
+    """Proposes trial names to Ray; the configuration itself stays in the study folder.
+
+    Args:
+        study: the checked study.
+        folder: its folder.
+        ledger: admits each trial before it starts, or ends the study.
+        records: N, public.
+        worker: what each worker process needs besides the trial's name.
+        on_change: told the name of each trial that is about to start, or has ended.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        folder: StudyFolder,
+        ledger: StudyLedger,
+        records: int,
+        worker: Mapping[str, Any],
+        on_change: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        super().__init__(metric=study.objective, mode=schema.mode_of(study.objective))
+        self.study, self.folder, self.ledger, self.records = study, folder, ledger, records
+        self.worker, self.on_change = dict(worker), on_change
+        self.refused: str | None = None  # the ledger's words, once it has ended the study
+        self.names: dict[str, str] = {}  # Ray's trial id to our trial name
+        self._lock = threading.Lock()
+        self._optuna = open_optuna(study, folder)
+        self._waiting = self._unfinished()
+
+    @property
+    def remaining(self) -> int:
+        """Trials still to be started, unfinished ones included."""
+        new_baselines = [name for name in self.study.baselines if f"baseline-{name}" not in self._known()]
+        searched = sum(record.role == schema.ROLE_SEARCH for record in self.folder.trials())
+        return len(self._waiting) + len(new_baselines) + max(0, self.study.algorithm.trials - searched)
+
+    def suggest(self, trial_id: str) -> Any:
+        """Ray's question: a configuration, or that there is none left."""
+        with self._lock:
+            record = self._next_record()
+        if record is None:
+            return Searcher.FINISHED
+        self.names[trial_id] = record.name
+        self.on_change(record.name)
+        return {**self.worker, "folder": str(self.folder.path), "trial": record.name}
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Ray's message that a trial has ended; settles the ledger and tells Optuna."""
+        name = self.names.get(trial_id)
+        if name is not None:
+            self.finish(name, failed=error)
+
+    def finish(self, name: str, *, failed: bool, error: str | None = None) -> None:
+        """Brings folder, ledger and Optuna up to a trial's end; safe to repeat."""
+        reports = self.folder.reports(name)
+        last = reports[-1] if reports else None
+        state: schema.State = "failed"
+        if not failed and last is not None:
+            state = "stopped_early" if last.status == "running" else last.status  # type: ignore[assignment]
+        record = self.folder.read_trial(name)
+        self.folder.end_trial(name, TrialEnd(state=state, error=error))
+        self.ledger.settle(name, charged_to(self.folder, record))
+        self._tell(record, state, last.metrics.get(self.study.objective) if last else None)
+        self.on_change(name)
+
+    def _tell(self, record: TrialRecord, state: str, value: float | None) -> None:
+        if record.number is None:
+            return
+        outcome = optuna.trial.TrialState.COMPLETE
+        if state == "stopped_early":
+            outcome, value = optuna.trial.TrialState.PRUNED, None
+        elif value is None:
+            outcome = optuna.trial.TrialState.FAIL
+        self._optuna.tell(record.number, value, state=outcome, skip_if_finished=True)
+
+    def _next_record(self) -> TrialRecord | None:
+        while self._waiting:
+            record = self._waiting.pop(0)
+            if self._admit(record):
+                return record
+        for name in self.study.baselines:
+            if f"baseline-{name}" not in self._known():
+                return self._start(self._baseline_record(name))
+        return self._next_proposal()
+
+    def _next_proposal(self) -> TrialRecord | None:
+        while self.refused is None:
+            searched = [record for record in self.folder.trials() if record.role == schema.ROLE_SEARCH]
+            if len(searched) >= self.study.algorithm.trials:
+                return None
+            record = self._propose(f"trial-{len(searched) + 1:04d}")
+            if record is not None:
+                return self._start(record)
+        return None
+
+    def _propose(self, name: str) -> TrialRecord | None:
+        trial = self._optuna.ask()
+        params = {path: draw(trial, path, space) for path, space in self.study.space.items()}
+        config = self.study.configure(params)
+        try:
+            return make_record(name, schema.ROLE_SEARCH, config, self.records, params, trial.number)
+        except InputError as error:
+            # A corner of the space where no step is affordable: it costs nothing, and Optuna learns to avoid it.
+            log.warning("skipped a proposal: %s", error)
+            self._optuna.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            return None
+
+    def _start(self, record: TrialRecord) -> TrialRecord | None:
+        if not self._admit(record):
+            return None
+        self.folder.add_trial(record)
+        return record
+
+    def _admit(self, record: TrialRecord) -> bool:
+        try:
+            self.ledger.admit(record.name, cost_of(record))
+        except BudgetExhausted as error:
+            self.refused = str(error)
+            log.warning("the study's ledger lets no further trial start: %s", error)
+            return False
+        return True
+
+    def _baseline_record(self, name: str) -> TrialRecord:
+        return make_record(
+            f"baseline-{name}", schema.ROLE_BASELINE, self.study.baseline(name), self.records, {}, None
+        )
+
+    def _unfinished(self) -> list[TrialRecord]:
+        return [record for record in self.folder.trials() if self.folder.end_of(record.name) is None]
+
+    def _known(self) -> set[str]:
+        return {record.name for record in self.folder.trials()}
+
+
+def make_record(
+    name: str, role: Any, config: TrialConfig, records: int, params: dict[str, Any], number: int | None
+) -> TrialRecord:
+    """A trial with its derived plan; raises InputError where the budget allows no step."""
+    plan = derive_plan(config, records)
+    return TrialRecord(
+        name=name, role=role, config=config, params=params, number=number, config_id=config_id(config),
+        steps=plan.steps, sample_rate=plan.sample_rate, noise_multiplier=plan.noise_multiplier,
+    )  # fmt: skip
+
+
+def config_id(config: TrialConfig) -> str:
+    """Name of a configuration without its seed, so that repetitions share it."""
+    return config_sha256(config.model_copy(update={"seed": 0}))[:12]
+
+
+def cost_of(record: TrialRecord) -> TrialCost:
+    """A trial's worst case for the study's ledger."""
+    return TrialCost(
+        sample_rate=record.sample_rate, noise_multiplier=record.noise_multiplier, steps=record.steps
+    )
+
+
+def charged_to(folder: StudyFolder, record: TrialRecord) -> int:
+    """Steps that a trial was charged, from its own ledger; 0 if it never opened one."""
+    place = folder.run(record.name) / "ledger"
+    return charged_steps(place) if place.exists() else 0
+
+
+def open_optuna(study: Study, folder: StudyFolder) -> optuna.Study:
+    """The study's Optuna study, in a journal file of its folder; the same one on resume."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    folder.search.mkdir(parents=True, exist_ok=True)
+    storage = optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(folder.search / "optuna.log"))
+    )
+    opened = optuna.create_study(
+        study_name=study.name, storage=storage, load_if_exists=True,
+        direction="minimize" if schema.mode_of(study.objective) == "min" else "maximize",
+    )  # fmt: skip
+    # A sampler restarted with the same seed would repeat its first proposals.
+    opened.sampler = make_sampler(study, offset=len(opened.trials))
+    return opened
+
+
+def make_sampler(study: Study, offset: int) -> optuna.samplers.BaseSampler:
+    """The sampler of the study's algorithm."""
+    digest = hashlib.sha256(json.dumps([study.algorithm.seed, offset]).encode()).digest()
+    seed = int.from_bytes(digest[:4], "big")
+    if study.algorithm.kind == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    startup = max(4, min(10, study.algorithm.trials // 3))
+    return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=startup)
+
+
+def draw(trial: optuna.Trial, path: str, space: Distribution) -> Any:
+    """One value of one dimension."""
+    if space.choice is not None:
+        return trial.suggest_categorical(path, space.choice)
+    if space.int is not None:
+        return trial.suggest_int(path, *space.int)
+    low, high = space.bounds
+    return trial.suggest_float(path, low, high, log=space.log_uniform is not None)

@@ -1,0 +1,189 @@
+"""The study file: base trial, baselines, search space, algorithm, objective, ledger, where results go."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from dpsink.config import Strict, TrialConfig, flatten, nearest, read_yaml, set_path, validate
+from dpsink.errors import InputError
+from tune import schema
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class Distribution(Strict):
+    """One dimension of the search space: exactly one of the four keys."""
+
+    uniform: tuple[float, float] | None = None
+    log_uniform: tuple[float, float] | None = None
+    int: tuple[int, int] | None = None
+    choice: tuple[Any, ...] | None = None
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "Distribution":
+        given = [key for key, value in self if value is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of uniform, log_uniform, int, choice")
+        if self.choice is not None:
+            if not self.choice:
+                raise ValueError("choice must list at least one value")
+            return self
+        low, high = self.bounds
+        if not low < high:
+            raise ValueError(f"[{low}, {high}] must be [low, high] with low < high")
+        if self.log_uniform is not None and low <= 0:
+            raise ValueError(f"log_uniform [{low}, {high}] must start above 0")
+        return self
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """(low, high) of a numeric dimension."""
+        bounds = self.uniform or self.log_uniform or self.int
+        assert bounds is not None
+        return bounds
+
+    @property
+    def extremes(self) -> tuple[Any, ...]:
+        """Values at the edge of the dimension, for the preflight: all choices, or both bounds."""
+        return self.choice if self.choice is not None else self.bounds
+
+
+class Algorithm(Strict):
+    """How configurations are proposed."""
+
+    kind: Literal["random", "optuna"] = "random"
+    trials: int = Field(default=10, ge=1, le=100_000, description="searched trials, besides the baselines")
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+
+class Resources(Strict):
+    """What each trial may use."""
+
+    cpu: float = Field(default=1, gt=0, le=1024)
+    concurrency: int = Field(default=0, ge=0, description="trials at the same time; 0: as many as fit")
+
+
+class LedgerConfig(Strict):
+    """The study's own privacy account."""
+
+    policy: Literal["compose_all", "per_trial_only"] = "compose_all"
+    study_epsilon: float | None = Field(
+        default=None, gt=0, description="bound for the whole study; default: the worst case that is planned"
+    )
+
+
+class Tracking(Strict):
+    """Where runs are shown."""
+
+    uri: str | None = Field(
+        default=None, description="MLflow tracking URI; default: $MLFLOW_TRACKING_URI, or sqlite in storage"
+    )
+    experiment: str = "dpsink"
+
+
+class Study(Strict):
+    """A hyperparameter study, whole."""
+
+    name: str
+    trial: dict[str, Any] = Field(default_factory=dict, description="the base trial's settings")
+    baselines: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="name to settings merged into the base trial; run first"
+    )
+    space: dict[str, Distribution] = Field(default_factory=dict, description="dotted path to distribution")
+    algorithm: Algorithm = Algorithm()
+    objective: str = Field(default="accuracy", description="validation metric that the search optimises")
+    test_samples: int = Field(default=5000, ge=20, description="samples to judge the chosen runs by")
+    resources: Resources = Resources()
+    ledger: LedgerConfig = LedgerConfig()
+    tracking: Tracking = Tracking()
+    storage: Path = Path("studies")
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError("must be letters, digits, '.', '_' or '-', at most 64")
+        return value
+
+    @field_validator("objective")
+    @classmethod
+    def _objective_exists(cls, value: str) -> str:
+        if value not in schema.QUALITY:
+            raise ValueError(f"unknown metric{nearest(value, schema.QUALITY)}")
+        return value
+
+    @field_validator("baselines")
+    @classmethod
+    def _baseline_names(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"baseline '{name}' must be named with letters, digits, '.', '_' or '-'")
+        return value
+
+    def configure(self, params: Mapping[str, Any]) -> TrialConfig:
+        """The base trial with searched values put in.
+
+        Raises:
+            InputError: a path that does not exist, a value out of range.
+        """
+        tree = merge(self.trial, {})
+        for path, value in params.items():
+            set_path(tree, path, value)
+        return validate(TrialConfig, tree, source=f"study {self.name}")
+
+    def baseline(self, name: str) -> TrialConfig:
+        """A baseline's trial: its settings merged into the base."""
+        tree = merge(self.trial, self.baselines[name])
+        return validate(TrialConfig, tree, source=f"baseline {name}")
+
+
+def load_study(path: Path) -> Study:
+    """Reads and checks a study file, its baselines and its space.
+
+    Raises:
+        InputError: unknown key, a search path that does not exist, a value out of range.
+    """
+    study = validate(Study, read_yaml(path), source=str(path))
+    known = _known_paths(study)
+    for dotted in study.space:
+        if dotted not in known:
+            raise InputError(f"{path}: space path '{dotted}' does not exist{nearest(dotted, known)}")
+    first = {dotted: space.extremes[0] for dotted, space in study.space.items()}
+    for dotted, space in study.space.items():
+        for value in space.extremes:
+            study.configure({**first, dotted: value})
+    for name in study.baselines:
+        study.baseline(name)
+    return study
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings with changes put over them; a group of another `kind` replaces the whole group.
+
+    Keys of `changes` may be dotted paths.
+    """
+    merged = {key: merge(value, {}) if isinstance(value, Mapping) else value for key, value in base.items()}
+    for key, value in changes.items():
+        head, _, rest = key.partition(".")
+        value = {rest: value} if rest else value
+        old = merged.get(head)
+        if isinstance(value, Mapping) and isinstance(old, Mapping) and not _other_kind(old, value):
+            merged[head] = merge(old, value)
+        else:
+            merged[head] = merge(value, {}) if isinstance(value, Mapping) else value
+    return merged
+
+
+def _other_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return "kind" in new and new["kind"] != old.get("kind", "conv_cond")
+
+
+def _known_paths(study: Study) -> set[str]:
+    """Paths of a trial with the base's kind of generator, whatever its values are."""
+    kind = study.trial.get("generator", {}).get("kind", "conv_cond")
+    privacy = {} if kind == "class_mean" else {"noise_multiplier": 1.0}
+    shape = validate(TrialConfig, {"generator": {"kind": kind}, "privacy": privacy}, source=study.name)
+    return set(flatten(shape))

@@ -1,0 +1,267 @@
+"""Runs a study: preflight, ledger, Ray Tune, and the last word on the chosen runs. Resumes by itself."""
+
+import fcntl
+import logging
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dpsink.config import dump_config
+from dpsink.data import default_root
+from dpsink.errors import InputError
+from dpsink.judging import judge
+from dpsink.privacy.ledger import StudyLedger
+from tune import schema
+from tune.board import Board
+from tune.folder import StudyFolder, StudyRecord, TrialEnd, TrialRecord
+from tune.preflight import StudyPlan, check_storage, check_study
+from tune.search import StudySearcher
+from tune.study import Study
+from tune.tracking import MLflowTracker, check_tracking
+
+log = logging.getLogger("dpsink")
+
+SESSIONS = 3  # how often Ray may fall over as a whole before a person is asked
+WORKER_RETRIES = 2  # of one trial whose process died
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a study stands after a session."""
+
+    folder: StudyFolder
+    record: StudyRecord
+    unfinished: tuple[str, ...]
+    best: TrialRecord | None
+    statement: dict[str, Any]
+    stopped_by_ledger: str | None
+    seconds: float
+
+
+def run_study(study: Study, *, data_root: Path | None = None, retry_failed: bool = False) -> Outcome:
+    """Runs a study to its end, or from where it was left.
+
+    Raises:
+        InputError: anything the preflight finds, a study folder of other settings, a second sweep at once.
+    """
+    started = time.monotonic()
+    folder = StudyFolder(study.storage.absolute() / study.name)
+    plan = check_study(study, data_root)
+    check_storage(folder.path)
+    with _only_one(folder):
+        record = _open_study(study, folder, plan)
+        check_tracking(record.tracking_uri)
+        if retry_failed:
+            _forget_failures(folder)
+        with open_ledger(study, folder, plan) as ledger:
+            session = _Session(study, folder, plan, ledger, (data_root or default_root()).absolute())
+            session.run()
+            statement = session.close()
+    return Outcome(
+        folder=folder,
+        record=record,
+        unfinished=tuple(trial.name for trial in folder.trials() if folder.end_of(trial.name) is None),
+        best=select_best(folder, study),
+        statement=statement,
+        stopped_by_ledger=session.searcher.refused,
+        seconds=time.monotonic() - started,
+    )
+
+
+def open_ledger(study: Study, folder: StudyFolder, plan: StudyPlan) -> StudyLedger:
+    """The study's privacy account, created with its promise before the first trial."""
+    costs_may_vary = any(path in COSTLY for path in study.space)
+    return StudyLedger.open(
+        folder.ledger, delta=plan.delta, planned=plan.costs, policy=study.ledger.policy,
+        study_epsilon=study.ledger.study_epsilon if plan.private else float("inf"), adaptive=costs_may_vary,
+    )  # fmt: skip
+
+
+# Searched paths that decide what a trial costs; with none of them the list of costs is fixed in advance.
+COSTLY = frozenset({"privacy.noise_multiplier", "privacy.batch_size", "privacy.steps", "privacy.step_limit"})
+
+
+def select_best(folder: StudyFolder, study: Study) -> TrialRecord | None:
+    """The completed searched trial with the best objective on validation data; ties go to the earlier one."""
+    scores = {
+        record.name: reports[-1].metrics[study.objective]
+        for record in folder.trials()
+        if record.role == schema.ROLE_SEARCH
+        and (end := folder.end_of(record.name)) is not None
+        and end.state == "completed"
+        and (reports := folder.reports(record.name))
+    }
+    if not scores:
+        return None
+    pick = min if schema.mode_of(study.objective) == "min" else max
+    return folder.read_trial(pick(scores, key=lambda name: scores[name]))
+
+
+class _Session:
+    """One session of a study: the searcher, the board and the tracker around Ray."""
+
+    def __init__(
+        self, study: Study, folder: StudyFolder, plan: StudyPlan, ledger: StudyLedger, data_root: Path
+    ) -> None:
+        self.study, self.folder, self.plan, self.ledger, self.data_root = study, folder, plan, ledger, data_root
+        total = len(study.baselines) + study.algorithm.trials
+        self.board = Board(f"study {study.name}", total, study.objective)
+        self.tracker = MLflowTracker(folder)
+        self._write_statement()
+        worker = {"data_root": str(data_root), "threads": 1}
+        self.searcher = StudySearcher(study, folder, ledger, len(plan.data.train), worker, self._changed)
+        self._restore_board()
+
+    def run(self) -> None:
+        """Lets Ray work until no trial is left, taking up again what a crash of Ray left unfinished."""
+        with self.board:
+            for session in range(SESSIONS):
+                if session:
+                    log.warning("Ray stopped before the study was finished; starting it again")
+                    self.searcher = StudySearcher(
+                        self.study, self.folder, self.ledger, len(self.plan.data.train), self.searcher.worker,
+                        self._changed,
+                    )  # fmt: skip
+                if self.searcher.remaining == 0 or self._fit():
+                    return
+
+    def close(self) -> dict[str, Any]:
+        """Judges the chosen runs on the test split, writes the statement, closes the books."""
+        finished = self.searcher.remaining == 0 or self.searcher.refused is not None
+        if finished:
+            self._judge_chosen()
+        statement = self._write_statement()
+        self.tracker.close(finished=finished)
+        return statement
+
+    def progressed(self, name: str, values: dict[str, Any]) -> None:
+        """A trial reported."""
+        self.board.show(self.folder.read_trial(name), "running", values)
+        self.tracker.poke(name)
+
+    def failed(self, name: str, error: str) -> None:
+        """A trial's process failed for good."""
+        self.folder.end_trial(name, TrialEnd(state="failed", error=error))
+        self._changed(name)
+
+    def _fit(self) -> bool:
+        """One run of Ray Tune; True if it, or the person at the keyboard, ended it on purpose."""
+        from tune.cluster import Interrupted, run_on_ray
+
+        try:
+            run_on_ray(self.study, self.folder, self.searcher, self)
+        except Interrupted:
+            return True
+        return self.searcher.refused is not None or not self.searcher.unfinished
+
+    def _changed(self, name: str) -> None:
+        end = self.folder.end_of(name)
+        reports = self.folder.reports(name)
+        values = {**reports[-1].metrics, "epsilon": reports[-1].epsilon} if reports else {}
+        self.board.ledger_text = f"study ε ≤ {_shown(self.ledger.cap)}, spent {_shown(self.ledger.spent())}"
+        self.board.show(self.folder.read_trial(name), end.state if end else "running", values)
+        self.tracker.poke(name)
+
+    def _restore_board(self) -> None:
+        for record in self.folder.trials():
+            end = self.folder.end_of(record.name)
+            if end is not None:
+                reports = self.folder.reports(record.name)
+                values = {**reports[-1].metrics, "epsilon": reports[-1].epsilon} if reports else {}
+                self.board.restore(record, end.state, values)
+
+    def _judge_chosen(self) -> None:
+        """The test split's only use: the best run and the baselines, each once."""
+        best = select_best(self.folder, self.study)
+        for record in self.folder.trials():
+            chosen = record.role == schema.ROLE_BASELINE or record == best
+            end = self.folder.end_of(record.name)
+            if chosen and end and end.state == "completed" and not self.folder.test_metrics(record.name):
+                answer = judge(
+                    self.folder.run(record.name), samples=self.study.test_samples, data_root=self.data_root,
+                    extractor=record.config.evaluation.extractor,
+                )  # fmt: skip
+                self.folder.write_test(record.name, answer["metrics"])
+                self.tracker.poke(record.name)
+
+    def _write_statement(self) -> dict[str, Any]:
+        statement = self.ledger.statement(self.plan.target_epsilon).to_dict()
+        self.folder.write_statement(statement)
+        return statement
+
+
+def _shown(epsilon: float | None) -> str:
+    return "–" if epsilon is None else f"{epsilon:.4g}"
+
+
+@contextmanager
+def _only_one(folder: StudyFolder) -> Iterator[None]:
+    """Refuses a second sweep on the same study."""
+    with (folder.path / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise InputError(
+                f"study {folder.path.name} is already being run by process {file.read().strip() or '?'}; wait for "
+                "it, or give the study another name"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _open_study(study: Study, folder: StudyFolder, plan: StudyPlan) -> StudyRecord:
+    text = dump_config(study)
+    if folder.exists:
+        return _check_same_study(study, folder, plan)
+    record = StudyRecord(
+        study_id=uuid.uuid4().hex,
+        name=study.name,
+        experiment=study.tracking.experiment,
+        tracking_uri=tracking_uri(study),
+        created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        version=version("dpsink"),
+        target_epsilon=plan.target_epsilon,
+        delta=plan.delta,
+        data_name=plan.data.name,
+        data_fingerprint=plan.data.fingerprint,
+        extractor=plan.extractor,
+        objectives=(study.objective,),
+        searched=tuple(study.space),
+    )
+    check_tracking(record.tracking_uri)  # before the folder exists: nothing is left behind by a wrong address
+    folder.write_study(record, text)
+    return record
+
+
+def tracking_uri(study: Study) -> str:
+    """Where the study is tracked: its file, else MLflow's environment variable, else sqlite in its storage."""
+    default = f"sqlite:///{study.storage.absolute()}/mlflow.db"
+    return study.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
+
+
+def _check_same_study(study: Study, folder: StudyFolder, plan: StudyPlan) -> StudyRecord:
+    record = folder.read_study()
+    if record.data_fingerprint != plan.data.fingerprint:
+        raise InputError(f"study {study.name}: the data are not those it was started on; give it another name")
+    if (folder.path / "study.yaml").read_text(encoding="utf-8") != dump_config(study):
+        raise InputError(
+            f"study {study.name}: its settings differ from {folder.path / 'study.yaml'}, with which it was "
+            "started; give it another name, or the old settings"
+        )
+    return record
+
+
+def _forget_failures(folder: StudyFolder) -> None:
+    for record in folder.trials():
+        end = folder.end_of(record.name)
+        if end is not None and end.state == "failed":
+            folder.forget_end(record.name)

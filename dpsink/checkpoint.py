@@ -1,9 +1,10 @@
 """Atomic checkpoint folders: safetensors and JSON, no pickle. A run folder holds at most one that counts.
 
-    RUN/config.yaml             the trial, for people
-    RUN/ledger/                 reservations (`dpsink.privacy.budget`)
-    RUN/checkpoint-0000000123/  model, optimiser, public randomness, reports so far, sample grid
-    RUN/result.json             written once, when the trial has ended
+RUN/config.yaml             the trial, for people
+RUN/ledger/                 reservations (`dpsink.privacy.budget`)
+RUN/checkpoint-0000000123/  model, optimiser, public randomness, reports so far, sample grid
+RUN/result.json             written once, when the trial has ended
+RUN/statement.json          the privacy statement of the study that the trial belongs to, if any
 """
 
 import json
@@ -24,6 +25,7 @@ from dpsink.errors import InputError
 from dpsink.generators import build_generator
 
 PREFIX = "checkpoint-"
+STATEMENT = "statement.json"
 FORMAT = 1
 
 

@@ -1,6 +1,5 @@
 """`dpsink train · evaluate · sample · budget`: one trial, from a shell."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -123,13 +122,16 @@ def budget(
     data: Annotated[str | None, typer.Option(help="digits, mnist or fashion_mnist")] = None,
     batch_size: Annotated[int | None, typer.Option(help="expected batch, q·N")] = None,
     validation_size: Annotated[int | None, typer.Option(help="images held out of training")] = None,
+    plot: Annotated[Path | None, typer.Option(help="a PNG of ε over the steps, by each accountant")] = None,
     as_json: Json = False,
 ) -> None:
     """Steps that a target allows, by each accountant, without training."""
-    from dpsink.budgeting import budget_table
-
     rate = sample_rate if sample_rate is not None else _rate_of(data, batch_size, validation_size, delta)
-    rows = [budget_table(sigma, rate, delta, target_epsilon) for sigma in noise_multiplier]
+    rows = [_budget_row(sigma, rate, delta, target_epsilon) for sigma in noise_multiplier]
+    if plot is not None:
+        from dpsink.figures import save_epsilon_figure
+
+        save_epsilon_figure(rows, plot)
     if as_json:
         console.print_json(rows[0] if len(rows) == 1 else rows)
         return
@@ -141,6 +143,8 @@ def budget(
             f"{steps['pld']:,}", f"{steps['rdp']:,}", f"{row['pld_epsilon_of_rdp_steps']:.3f}",
         )  # fmt: skip
     console.out.print(shown)
+    if plot is not None:
+        console.out.print(f"picture: {plot}", markup=False)
 
 
 def default_folder(config: Path | None, trial: TrialConfig) -> Path:
@@ -188,6 +192,18 @@ def _show_result(folder: Path, report: Any, as_json: bool) -> None:
         f"{report.steps_per_second:.1f} steps/s\nfolder: {folder}\nnext:   dpsink evaluate {folder}",
         markup=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def _budget_row(sigma: float, sample_rate: float, delta: float, target_epsilon: float) -> dict[str, Any]:
+    from dpsink.privacy.accounting import epsilon, max_steps
+
+    terms = {"sample_rate": sample_rate, "noise_multiplier": sigma, "delta": delta}
+    steps = {
+        "pld": max_steps(target_epsilon=target_epsilon, **terms, accountant="pld"),
+        "rdp": max_steps(target_epsilon=target_epsilon, **terms, accountant="rdp"),
+    }
+    spent = epsilon(steps=steps["rdp"], **terms)
+    return {**terms, "target_epsilon": target_epsilon, "max_steps": steps, "pld_epsilon_of_rdp_steps": spent}
 
 
 def _rate_of(data: str | None, batch_size: int | None, validation_size: int | None, delta: float) -> float:

@@ -34,9 +34,7 @@ class DataConfig(Strict):
     """Which images are private, and which may be looked at."""
 
     name: Literal["digits", "mnist", "fashion_mnist"] = "digits"
-    validation_size: int = Field(
-        default=0, ge=0, description="images held out of the training set for selection"
-    )
+    validation_size: int = Field(default=0, ge=0, description="images held out of the training set for selection")
     validation: Literal["public"] = Field(default="public", description="who may see the validation split")
     test: Literal["public"] = Field(default="public", description="who may see the test split")
 
@@ -167,9 +165,7 @@ class TrialConfig(Strict):
     def _noise_is_determined(self) -> "TrialConfig":
         privacy, control = self.privacy, self.generator.kind == "class_mean"
         if control and (privacy.noise_multiplier is not None or privacy.steps is not None):
-            raise ValueError(
-                "generator.kind=class_mean is one release: leave privacy.noise_multiplier and steps out"
-            )
+            raise ValueError("generator.kind=class_mean is one release: leave privacy.noise_multiplier and steps out")
         if not control and privacy.private and privacy.noise_multiplier is None and privacy.steps is None:
             raise ValueError("privacy needs noise_multiplier (steps follow) or steps (noise follows)")
         if self.sinkhorn.backend == "geomloss" and privacy.mechanism == "record":

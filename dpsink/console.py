@@ -9,13 +9,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import click
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
 from dpsink.errors import InputError
+
+# Typer carries its own copy of click; this is that copy's base of everything a mistyped command raises.
+_UsageError = typer.BadParameter.__bases__[0]
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -37,11 +39,13 @@ def run(app: typer.Typer) -> None:
         sys.exit(app(standalone_mode=False) or 0)
     except InputError as error:
         fail(str(error), BAD_INPUT)
-    except click.exceptions.NoArgsIsHelpError as error:
-        fail(error.format_message(), BAD_INPUT)
-    except click.ClickException as error:
-        fail(f"{error.format_message()} (see --help)", BAD_INPUT)
-    except (KeyboardInterrupt, click.Abort):
+    except _UsageError as error:
+        message = error.format_message()
+        if "\n" in message:  # called bare: the help text
+            err.print(message, markup=False)
+            sys.exit(BAD_INPUT)
+        fail(f"{message} See --help.", BAD_INPUT)
+    except (KeyboardInterrupt, typer.Abort):
         fail("interrupted", INTERRUPTED)
 
 

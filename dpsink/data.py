@@ -83,8 +83,7 @@ def private_records(config: DataConfig) -> int:
     total = DATASETS[config.name].train_and_validation
     if config.validation_size >= total:
         raise InputError(
-            f"data.validation_size={config.validation_size} must be below the {total} training images "
-            f"of {config.name}"
+            f"data.validation_size={config.validation_size} must be below the {total} training images of {config.name}"
         )
     return total - config.validation_size
 
@@ -104,7 +103,8 @@ def load_dataset(config: DataConfig, *, root: Path | None = None, download: bool
     training, test = DATASETS[config.name].load(root or default_root(), download)
     train, validation = _hold_out(training, config.validation_size)
     if len(train) != records:
-        raise InputError(f"{config.name} holds {len(training)} training images; expected {records}: use the standard files")
+        expected = DATASETS[config.name].train_and_validation
+        raise InputError(f"{config.name} must hold {expected} training images, not {len(training)}: use standard files")
     return ImageData(config.name, train, validation, test, fingerprint(train))
 
 

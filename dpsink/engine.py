@@ -61,9 +61,7 @@ def build_mechanism(config: TrialConfig, plan: PrivacyPlan) -> Mechanism:
     return RecordMechanism(plan.clip_norm, config.sinkhorn, plan.sample_rate * plan.records)
 
 
-def step(
-    state: TrialState, private: LabelledImages, config: TrialConfig, plan: PrivacyPlan, entropy: Entropy
-) -> None:
+def step(state: TrialState, private: LabelledImages, config: TrialConfig, plan: PrivacyPlan, entropy: Entropy) -> None:
     """One step that the caller has reserved: updates `state` in place."""
     if isinstance(state.generator, ClassMean):
         state.generator.means = release_class_means(

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from dpsink.checkpoint import CheckpointState, load_generator
+from dpsink.checkpoint import STATEMENT, CheckpointState, load_generator, read_json
 from dpsink.data import ImageData, load_dataset
 from dpsink.errors import InputError
-from dpsink.evaluation import build_extractor, evaluate
+from dpsink.evaluation import build_extractor, evaluate, inception_extractor
 from dpsink.privacy.ledger import trial_statement
 from dpsink.privacy.plan import NON_PRIVATE, PrivacyPlan
 from dpsink.synthesis import balanced_labels, generate
@@ -39,7 +39,11 @@ def judge(
     reference = _split(data, split)
     labels = balanced_labels(samples, description.num_classes)
     synthetic = generate(generator, labels, num_classes=description.num_classes, seed=seed)
-    features = build_extractor(extractor, data.validation or data.test, weights=inception_weights)
+    features = (
+        inception_extractor(inception_weights)
+        if inception_weights is not None
+        else build_extractor(extractor, data.validation or data.test)
+    )
     card = privacy_card(place, description)
     return {
         "metrics": evaluate(synthetic, reference, extractor=features, seed=seed),
@@ -55,7 +59,7 @@ def judge(
 def privacy_card(place: Path, description: CheckpointState) -> dict[str, Any]:
     """What may be said about a generator's privacy, and where it comes from; stands beside everything made of it."""
     plan = PrivacyPlan(**description.plan)
-    charged = description.reports[-1].charged if description.reports else plan.steps
+    charged = int(description.witness.get("charged", plan.steps))
     epsilon = plan.epsilon(charged)
     return {
         "private": plan.private,
@@ -66,7 +70,7 @@ def privacy_card(place: Path, description: CheckpointState) -> dict[str, Any]:
         "sample_rate": plan.sample_rate,
         "steps_charged": charged,
         "records": plan.records,
-        "statement": trial_statement(plan, charged).to_dict(),
+        "statement": _statement(place) or trial_statement(epsilon, plan.delta).to_dict(),
         "source": str(place),
         "data": description.config.data.name,
         "data_fingerprint": description.data_fingerprint,
@@ -82,6 +86,12 @@ def privacy_line(card: dict[str, Any]) -> str:
         f"(ε, δ) = ({card['epsilon']:.4g}, {card['delta']:g}), add/remove one record, "
         f"mechanism {card['mechanism']}, σ {card['noise_multiplier']:.4g}, {card['steps_charged']:,} steps charged"
     )
+
+
+def _statement(place: Path) -> dict[str, Any] | None:
+    """The statement of the study that the generator was chosen from, where it belongs to one."""
+    path = place / STATEMENT
+    return read_json(path) if path.exists() else None
 
 
 def _split(data: ImageData, split: str) -> Any:

@@ -186,9 +186,7 @@ def debiasing_gradients(x: Points, x_tilde: Points, config: SinkhornConfig) -> t
     return gradient, -second[n - r :]
 
 
-def record_terms(
-    x: Points, y: Points, config: SinkhornConfig, potential: Tensor | None = None
-) -> RecordTerms:
+def record_terms(x: Points, y: Points, config: SinkhornConfig, potential: Tensor | None = None) -> RecordTerms:
     """Column couplings of the semi-dual and the norms of the records' gradient terms.
 
     OT_λ(X, Y) ≥ mean(f) − (λ/m) Σ_j log mean_i exp((f_i − C_ij)/λ) for every f (Genevay et al. 2016); for a

@@ -119,9 +119,7 @@ class TrialRun:
         )
         run = cls(config, data, folder, entropy, plan, budget, state)
         if checkpoint and saved:
-            restore_state(checkpoint, state)
-            run.reports, run.seconds = list(saved.reports), saved.seconds
-            log.info("resuming at step %d of %d; %d charged", state.step, plan.steps, budget.charged)
+            run._restore(checkpoint, saved)
         return run
 
     def __enter__(self) -> "TrialRun":
@@ -129,6 +127,15 @@ class TrialRun:
 
     def __exit__(self, *_: object) -> None:
         self.budget.close()
+
+    def _restore(self, checkpoint: Path, saved: CheckpointState) -> None:
+        try:
+            restore_state(checkpoint, self.state)
+        except BaseException:
+            self.budget.close()
+            raise
+        self.reports, self.seconds = list(saved.reports), saved.seconds
+        log.info("resuming at step %d of %d; %d charged", self.state.step, self.plan.steps, self.budget.charged)
 
     def boundaries_ahead(self) -> list[int]:
         """Steps after which a report is due, equally spaced up to T, that lie ahead."""
@@ -139,9 +146,7 @@ class TrialRun:
         reported = self.reports[-1].step if self.reports else 0
         return [boundary for boundary in boundaries if boundary > reported]
 
-    def advance(
-        self, boundary: int, should_stop: Callable[[], bool], on_progress: Callable[[Progress], None]
-    ) -> None:
+    def advance(self, boundary: int, should_stop: Callable[[], bool], on_progress: Callable[[Progress], None]) -> None:
         """Steps up to a boundary, each reserved before its noise is drawn; stops early when asked, when the
         budget is spent, or when the weights are no longer finite."""
         while self.state.step < boundary and self.state.finite:
@@ -216,9 +221,7 @@ class TrialRun:
         if not self.state.finite:
             return worst_metrics(settings.classifiers)
         labels = balanced_labels(settings.samples, reference.num_classes)
-        samples = generate(
-            self.state.generator, labels, num_classes=reference.num_classes, seed=self.config.seed + 1
-        )
+        samples = generate(self.state.generator, labels, num_classes=reference.num_classes, seed=self.config.seed + 1)
         extractor = build_extractor(settings.extractor, reference)
         return evaluate(samples, reference, extractor=extractor, classifiers=settings.classifiers)
 

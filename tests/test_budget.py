@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -270,7 +271,8 @@ def test_attempt_that_is_replaced_while_it_reserves_is_granted_nothing():
     with pytest.raises(FencedError):
         old.reserve(10)
     assert newer[0].reserve(1000) == 1000  # it did not see the other's object, which was granted nothing
-    assert charged_steps(storage) == 1000  # and which is not counted beyond what the trial may run
+    # ... and which is not counted beyond what the trial may run
+    assert charged_steps(storage) == open_budget(storage).charged == 1000
 
 
 def test_overlapping_reservations_of_two_attempts_add_up():
@@ -520,6 +522,21 @@ def test_failing_system_call_grants_nothing(folder, failing, monkeypatch):
             patch.setattr(failing, fail)
             budget.reserve(10)
         assert budget.charged == 10
+
+
+def test_reservation_is_synced_before_and_after_it_gets_its_name(folder, monkeypatch):
+    calls = []
+    sync, link = os.fsync, os.link
+
+    def fsync(descriptor):
+        calls.append("sync folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "sync file")
+        sync(descriptor)
+
+    with open_budget(folder) as budget, monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fsync)
+        patch.setattr("os.link", lambda *names: calls.append("link") or link(*names))
+        budget.reserve(10)
+    assert calls == ["sync file", "link", "sync folder"]
 
 
 def test_failed_settlement_stays_charged_in_full(folder):

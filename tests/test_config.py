@@ -38,9 +38,7 @@ def test_hash_changes_with_any_setting() -> None:
 
 
 def test_validation_size_defaults_by_data_set() -> None:
-    sizes = [
-        load_config(None, [f"data.name={name}"]).data.validation_size for name in ("digits", "mnist")
-    ]
+    sizes = [load_config(None, [f"data.name={name}"]).data.validation_size for name in ("digits", "mnist")]
     assert sizes == [180, 0]
 
 

@@ -8,10 +8,9 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import cache
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from dp_accounting import dp_event
 from dp_accounting.rdp import RdpAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opacus.accountants.analysis.rdp import get_privacy_spent
 
 from dpsink.errors import InputError
 from dpsink.privacy.accounting import epsilon
@@ -33,9 +33,10 @@ from dpsink.privacy.ledger import (
     composed_epsilon,
     plan_study,
     planned_epsilon,
+    trial_statement,
 )
 from dpsink.privacy.storage import DamagedLedger, FencedError
-from test_budget import MemoryStorage, file_size_limit
+from tests.test_budget import MemoryStorage, file_size_limit
 
 DELTA = 1e-5
 # The base trial of the reference values: MNIST's q, and the most steps with ε <= 1 by RDP (0.91 by PLD).
@@ -44,18 +45,19 @@ SMALL = TrialCost(0.01, 2.0, 100)
 DIGITS = TrialCost(sample_rate=50 / 1437, noise_multiplier=1.1, steps=3012)
 
 
-def dp_accounting_rdp(cost: TrialCost) -> RdpAccountant:
-    accountant = RdpAccountant(orders=ORDERS)
-    step = dp_event.PoissonSampledDpEvent(cost.sample_rate, dp_event.GaussianDpEvent(cost.noise_multiplier))
-    return accountant.compose(step, cost.steps)
+def quadrature_rdp(sample_rate: float, noise_multiplier: float, order: float) -> float:
+    """Rényi divergence of one step, by direct integration (Mironov, Talwar & Zhang 2019, equation 3)."""
+    x = np.linspace(-40 * noise_multiplier, 40 * noise_multiplier + 3 * order, 1_000_001)
+    shifted = np.log(sample_rate) + (2 * x - 1) / (2 * noise_multiplier**2)
+    log_ratio = np.logaddexp(np.log1p(-sample_rate), shifted)
+    density = np.exp(order * log_ratio - x**2 / (2 * noise_multiplier**2))
+    return float(np.log(np.trapezoid(density, x) / np.sqrt(2 * np.pi) / noise_multiplier) / (order - 1))
 
 
 def rdp_epsilon(costs: list[TrialCost]) -> float:
-    """ε by RDP at the best order, by dp-accounting."""
-    accountant = RdpAccountant(orders=ORDERS)
-    for cost in costs:
-        accountant.compose(dp_event.ComposedDpEvent([event_of(cost)]))
-    return accountant.get_epsilon(DELTA)
+    """ε by RDP at the best order, as Opacus converts it."""
+    total = np.sum([cost.rdp() for cost in costs], axis=0)
+    return float(get_privacy_spent(orders=list(ORDERS), rdp=total, delta=DELTA)[0])
 
 
 def event_of(cost: TrialCost) -> dp_event.DpEvent:
@@ -119,10 +121,14 @@ def test_halving_by_3_costs_one_full_run_per_rung(rungs, expected):
 
 
 def test_study_of_one_trial_costs_that_trials_own_pld_figure():
-    own = epsilon(**dataclasses.asdict(DIGITS), delta=DELTA)
-    assert planned_epsilon([DIGITS], DELTA) == own
+    own = epsilon(**dataclasses.asdict(DIGITS), delta=1e-4)
+    assert planned_epsilon([DIGITS], delta=1e-4) == own
     assert own == pytest.approx(9.999, abs=1e-3)
-    assert rdp_epsilon([DIGITS]) == pytest.approx(10.98, abs=0.01)
+
+
+def test_same_trial_in_an_adaptive_study_costs_its_rdp_figure():
+    plan = plan_study([DIGITS, dataclasses.replace(DIGITS, steps=0)], delta=1e-4)
+    assert plan.epsilon == pytest.approx(10.97, abs=0.02)  # 10.96 by Opacus, 10.98 by dp-accounting
 
 
 def test_empty_composition_costs_nothing():
@@ -135,11 +141,14 @@ def test_pld_composition_of_different_costs_lies_between_the_dearest_and_the_rdp
     assert max(composed_epsilon([cost], DELTA) for cost in costs) < composed < rdp_epsilon(costs)
 
 
-@settings(max_examples=20, deadline=None)
-@given(sample_rate=st.floats(1e-3, 1.0), noise_multiplier=st.floats(0.7, 20.0), steps=st.integers(1, 10_000))
-def test_rdp_curve_agrees_with_dp_accounting(sample_rate, noise_multiplier, steps):
-    cost = TrialCost(sample_rate, noise_multiplier, steps)
-    np.testing.assert_allclose(cost.rdp(), dp_accounting_rdp(cost).rdp, rtol=1e-5, atol=1e-12 * steps)
+@pytest.mark.parametrize("order", [1.1, 2.3, 5.5, 32.0])
+@pytest.mark.parametrize(("sample_rate", "noise_multiplier"), [(50 / 60_000, 1.1), (0.035, 17.5), (0.5, 3.0)])
+def test_divergence_agrees_with_quadrature(sample_rate, noise_multiplier, order):
+    """dp-accounting is no oracle here: at fractional orders it is up to three times too high."""
+    expected = quadrature_rdp(sample_rate, noise_multiplier, order)
+    assert TrialCost(sample_rate, noise_multiplier, 7).rdp((order,))[0] == pytest.approx(
+        7 * expected, rel=1e-6, abs=1e-9
+    )
 
 
 @settings(max_examples=20, deadline=None)
@@ -147,8 +156,9 @@ def test_rdp_curve_agrees_with_dp_accounting(sample_rate, noise_multiplier, step
 def test_selection_agrees_with_dp_accounting(mean, shape):
     accountant = RdpAccountant(orders=ORDERS)
     eta = {"logarithmic": 0, "geometric": 1}[shape]
-    accountant.compose(dp_event.RepeatAndSelectDpEvent(event_of(SMALL), mean, eta))
-    study = planned_epsilon([SMALL], DELTA, policy="release_best", selection=Selection(mean, shape))
+    cost = TrialCost(sample_rate=1.0, noise_multiplier=10.0, steps=5)
+    accountant.compose(dp_event.RepeatAndSelectDpEvent(event_of(cost), mean, eta))
+    study = planned_epsilon([cost], DELTA, policy="release_best", selection=Selection(mean, shape))
     assert study == pytest.approx(accountant.get_epsilon(DELTA), rel=1e-6)
 
 
@@ -200,6 +210,7 @@ def test_trial_without_noise_makes_the_planned_epsilon_infinite():
     [
         ([], {}, "planned"),
         ([SMALL], {"delta": 0.0}, "delta"),
+        ([SMALL], {"policy": "compose"}, "policy"),
         ([SMALL], {"study_epsilon": 0.0}, "study_epsilon"),
         ([SMALL] * 2, {"study_epsilon": 1e-9}, "study_epsilon"),
         ([SMALL], {"study_epsilon": math.nan}, "study_epsilon"),
@@ -274,8 +285,9 @@ def test_trial_without_noise_never_passes_the_filter(folder):
         ledger.admit("open", TrialCost(0.01, 0.0, 1))
 
 
-def test_study_without_privacy_admits_everything(folder):
-    with open_ledger(folder, study_epsilon=math.inf) as ledger:
+@pytest.mark.parametrize("policy", ["compose_all", "per_trial_only"])
+def test_study_without_privacy_admits_everything(folder, policy):
+    with open_ledger(folder, study_epsilon=math.inf, policy=policy) as ledger:
         ledger.admit("open", TrialCost(0.01, 0.0, 1))
         assert ledger.cap == ledger.spent() == math.inf
 
@@ -302,7 +314,7 @@ def test_spent_never_exceeds_the_cap_whatever_is_tried_and_settled(costs, data):
 def test_order_of_settlement_does_not_matter(steps, data):
     readings = []
     for order in (range(len(steps)), data.draw(st.permutations(range(len(steps))))):
-        ledger = open_ledger(MemoryStorage(), study_epsilon=5.0)
+        ledger = open_ledger(MemoryStorage(), study_epsilon=1.0)
         for number in range(len(steps)):
             ledger.admit(str(number), SMALL)
         for number in order:
@@ -523,46 +535,40 @@ def test_missing_admission_of_a_settled_trial_is_found(folder):
         open_ledger(folder)
 
 
-DRIVER = """
-import sys
-from itertools import count
-from dpsink.privacy.ledger import StudyLedger, TrialCost
-
-cost = TrialCost(0.01, 2.0, 100)
-with StudyLedger.open(sys.argv[1], delta=1e-5, study_epsilon=30.0) as ledger:
-    print("open", flush=True)
-    for number in count():
-        trial = f"{sys.argv[2]}-{number}"
-        ledger.admit(trial, cost)
-        print("admitted", trial, flush=True)
-        print("settled", trial, flush=True)  # announced first: on record it may still be the worst case
-        ledger.settle(trial, 50)
-"""
+def drive(folder: Path, life: int, announce: int) -> None:
+    """A driver that admits and settles trials, and announces each before it goes on."""
+    with open_ledger(folder, study_epsilon=30.0) as ledger:
+        for number in count():
+            ledger.admit(f"life{life}-{number}", SMALL)
+            os.write(announce, f"life{life}-{number}\n".encode())
+            ledger.settle(f"life{life}-{number}", 50)
 
 
-def kill_driver(folder: Path, life: int, seconds: float) -> list[list[bytes]]:
-    """Start a driver, kill it after a while, and return what it announced."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    command = [sys.executable, "-c", DRIVER, str(folder), f"life{life}"]
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
-    assert driver.stdout is not None and driver.stdout.readline() == b"open\n"
+def kill_driver(folder: Path, life: int, seconds: float) -> list[str]:
+    """Fork a driver, kill it after a while, and return the trials that it announced as admitted."""
+    reading, announce = os.pipe()
+    driver = os.fork()
+    if driver == 0:
+        try:
+            drive(folder, life, announce)
+        finally:
+            os._exit(1)
+    os.close(announce)
     time.sleep(seconds)
-    driver.send_signal(signal.SIGKILL)
-    announced = [line.split() for line in driver.stdout.read().splitlines() if line]
-    driver.wait()
-    return announced
+    os.kill(driver, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(driver, 0)[1]) == -signal.SIGKILL
+    with open(reading) as announced:
+        return announced.read().splitlines()
 
 
 def test_killed_driver_forgets_no_admitted_trial(folder):
     announced = []
-    for life in range(3):
+    for life in range(10):
         announced += kill_driver(folder, life, 0.013 * (life + 1))
-        admitted = {trial.decode() for event, trial in announced if event == b"admitted"}
         with open_ledger(folder, study_epsilon=30.0) as ledger:
-            assert ledger.spent() >= rdp_epsilon([dataclasses.replace(SMALL, steps=50)] * len(admitted)) * (
-                1 - 1e-6
-            )
-            for trial in admitted:
+            least = [dataclasses.replace(SMALL, steps=50)] * len(announced)
+            assert ledger.spent() >= (rdp_epsilon(least) * (1 - 1e-6) if least else 0)
+            for trial in announced:
                 ledger.admit(trial, SMALL)  # known: no second charge, and no refusal
     assert announced
 
@@ -582,8 +588,7 @@ def example_statements() -> dict[str, PrivacyStatement]:
     for ledger in ledgers.values():
         ledger.admit("a", SMALL)
     return {
-        kind: ledger.statement(math.inf if kind == "non_private" else 0.41234567)
-        for kind, ledger in ledgers.items()
+        kind: ledger.statement(math.inf if kind == "non_private" else 0.41234567) for kind, ledger in ledgers.items()
     }
 
 
@@ -603,9 +608,7 @@ def test_statement_is_at_most_80_columns_wide(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "topic", ["timing", "random generator", "floating-point", "replace-one", "removing one"]
-)
+@pytest.mark.parametrize("topic", ["timing", "random generator", "floating-point", "replace-one", "removing one"])
 def test_statement_names_its_limits(kind, topic):
     assert topic in " ".join(example_statements()[kind].text().split())
 
@@ -621,6 +624,16 @@ def test_only_per_trial_statements_leave_the_selection_uncovered(kind):
     assert uncovered == (kind == "per_trial")
 
 
+def test_statement_of_a_lone_trial_claims_its_own_figure():
+    statement = trial_statement(0.5, DELTA)
+    assert statement.trial_epsilon == statement.study_epsilon == statement.spent == 0.5
+
+
+def test_statement_of_a_selection_names_its_distribution():
+    text = " ".join(example_statements()["selection"].text().split())
+    assert "from a logarithmic distribution of mean 5" in text
+
+
 def test_statement_rounds_epsilon_up():
     assert "epsilon 0.413, delta 1e-05" in example_statements()["filter"].text()
 
@@ -633,7 +646,4 @@ def test_statement_of_the_filter_names_its_order():
 
 def test_statement_takes_up_further_assumptions(folder):
     with open_ledger(folder) as ledger:
-        assert (
-            "the test split is public"
-            in ledger.statement(1.0, assumptions=["the test split is public"]).text()
-        )
+        assert "the test split is public" in ledger.statement(1.0, assumptions=["the test split is public"]).text()

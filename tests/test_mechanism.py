@@ -84,9 +84,7 @@ def test_record_answer_is_the_sum_of_the_records_own_answers() -> None:
     public, batch = generated(), records(6)
     mechanism = mechanisms()[1]
     single = [mechanism.query(public, Points(batch.images[[j]], batch.labels[[j]])) for j in range(6)]
-    torch.testing.assert_close(
-        mechanism.query(public, batch), torch.stack(single).sum(0), atol=1e-6, rtol=1e-5
-    )
+    torch.testing.assert_close(mechanism.query(public, batch), torch.stack(single).sum(0), atol=1e-6, rtol=1e-5)
 
 
 def test_column_of_a_record_does_not_move_with_other_records() -> None:
@@ -246,9 +244,7 @@ def test_class_sums_move_by_at_most_their_sensitivity(pixel: int, label: int, cl
 
         original = torch.Tensor.index_add_
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                torch.Tensor, "index_add_", lambda *a: captured.append(original(*a).clone()) or captured[-1]
-            )
+            patch.setattr(torch.Tensor, "index_add_", lambda *a: captured.append(original(*a).clone()) or captured[-1])
             release_class_means(images, labels, 3, clip_norm, 1.0, Zero())
 
     rng = torch.Generator().manual_seed(0)

@@ -92,9 +92,7 @@ class Board:
 
     def _line(self, row: Row) -> str:
         shown = ("epsilon", "fid", "accuracy", "variety")
-        values = "  ".join(
-            f"{name} {console.metric_text(row.values[name])}" for name in shown if name in row.values
-        )
+        values = "  ".join(f"{name} {console.metric_text(row.values[name])}" for name in shown if name in row.values)
         return f"{row.record.name:<24} {row.state:<10} {values}".rstrip()
 
 

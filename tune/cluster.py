@@ -42,7 +42,10 @@ class _Relay(tune.Callback):
 
     def __init__(self, listener: Listener) -> None:
         self.listener = listener
-        self.ended = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Ray pickles callbacks into a state of its own, which is never used here."""
+        return {}
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         self.listener.progressed(trial.config["trial"], result)

@@ -1,13 +1,14 @@
 """The study folder: the durable record of a study, from which everything else can be rebuilt.
 
-    STUDY/study.yaml              the study file as it was given
-    STUDY/study.json              `StudyRecord`
-    STUDY/ledger/                 the study's privacy ledger
-    STUDY/search/                 the searcher's memory
-    STUDY/trials/NAME/trial.json  `TrialRecord`, written before the trial starts
-    STUDY/trials/NAME/run/        the trial's run folder (`dpsink.checkpoint`)
-    STUDY/trials/NAME/end.json    `TrialEnd`, written by the driver when the trial has ended
-    STUDY/trials/NAME/test.json   metrics on the test split, of chosen trials only
+STUDY/study.yaml              the study file as it was given
+STUDY/study.json              `StudyRecord`
+STUDY/statement.json          the ledger's present statement
+STUDY/ledger/                 the study's privacy ledger
+STUDY/search/                 the searcher's memory
+STUDY/trials/NAME/trial.json  `TrialRecord`, written before the trial starts
+STUDY/trials/NAME/run/        the trial's run folder (`dpsink.checkpoint`)
+STUDY/trials/NAME/end.json    `TrialEnd`, written by the driver when the trial has ended
+STUDY/trials/NAME/test.json   metrics on the test split, of chosen trials only
 """
 
 import json
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from dpsink.checkpoint import Report, latest_checkpoint, read_json, read_state, write_atomically
+from dpsink.checkpoint import STATEMENT, Report, latest_checkpoint, read_json, read_state, write_atomically
 from dpsink.config import Model, Strict, TrialConfig
 from dpsink.errors import InputError
 from tune import schema
@@ -147,12 +148,15 @@ class StudyFolder:
         return read_json(path) if path.exists() else {}
 
     def write_statement(self, statement: dict[str, Any]) -> None:
-        """Records the ledger's present statement."""
-        write_atomically(self.path / "statement.json", json.dumps(statement, indent=1, default=str))
+        """Records the ledger's present statement, for the study and beside every generator that came of it."""
+        text = json.dumps(statement, indent=1, default=str)
+        runs = [self.run(trial.name) for trial in self.trials()]
+        for place in (self.path, *(run for run in runs if run.exists())):
+            write_atomically(place / STATEMENT, text)
 
     def statement(self) -> dict[str, Any]:
         """The ledger's last written statement, empty before the first."""
-        path = self.path / "statement.json"
+        path = self.path / STATEMENT
         return read_json(path) if path.exists() else {}
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from dpsink.config import TrialConfig
 from dpsink.data import ImageData, load_dataset, private_records
 from dpsink.errors import InputError
-from dpsink.evaluation import extractor_tag
 from dpsink.privacy.ledger import TrialCost, planned_epsilon
 from dpsink.privacy.plan import PrivacyPlan, derive_plan
 from tune.study import Study
@@ -64,7 +63,7 @@ def check_study(study: Study, data_root: Path | None) -> StudyPlan:
         baselines=baselines,
         worst_trial=worst,
         costs=costs,
-        extractor=extractor_tag(common.evaluation.extractor, data.validation),
+        extractor=f"{common.evaluation.extractor}@{len(data.validation)}",
         delta=common.privacy.delta,
         target_epsilon=common.privacy.target_epsilon,
     )
@@ -126,5 +125,8 @@ def _worst_plan(corners: list[TrialConfig], records: int) -> PrivacyPlan | None:
             errors.append(error)
     if not plans:
         raise errors[0]
-    return max(plans, key=lambda plan: planned_epsilon([cost_of_plan(plan)] * 10, delta=plan.delta)) \
-        if plans[0].private else plans[0]
+    return (
+        max(plans, key=lambda plan: planned_epsilon([cost_of_plan(plan)] * 10, delta=plan.delta))
+        if plans[0].private
+        else plans[0]
+    )

@@ -97,3 +97,10 @@ def shown_uri(uri: str) -> str:
     """A tracking URI for messages: without the password that it may hold."""
     place = urlsplit(uri).netloc
     return uri.replace(place, place.rpartition("@")[2], 1) if place else uri
+
+
+def mlflow_reason(error: Exception, uri: str) -> str:
+    """What went wrong with MLflow, in one short line without a password."""
+    text = " ".join(str(error).split()).replace(uri, shown_uri(uri))
+    cause = text.rpartition("Caused by ")[2] if "Caused by " in text else ""  # of a failed HTTP request
+    return (cause.rpartition(": ")[2].rstrip("\"')") or text)[:200]

@@ -10,6 +10,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -25,6 +26,7 @@ from tune.folder import StudyFolder, TrialEnd, TrialRecord
 from tune.study import Distribution, Study
 
 log = logging.getLogger("dpsink")
+
 
 class StudySearcher(Searcher):
     """Proposes trial names to Ray; the configuration itself stays in the study folder.
@@ -63,6 +65,12 @@ class StudySearcher(Searcher):
         searched = sum(record.role == schema.ROLE_SEARCH for record in self.folder.trials())
         return len(self._waiting) + len(new_baselines) + max(0, self.study.algorithm.trials - searched)
 
+    @property
+    def unfinished(self) -> bool:
+        """Whether there are trials that were decided and have not ended, or that are still to be decided."""
+        ended = sum(self.folder.end_of(record.name) is not None for record in self.folder.trials())
+        return ended < len(self.study.baselines) + self.study.algorithm.trials
+
     def suggest(self, trial_id: str) -> Any:
         """Ray's question: a configuration, or that there is none left."""
         with self._lock:
@@ -73,13 +81,22 @@ class StudySearcher(Searcher):
         self.on_change(record.name)
         return {**self.worker, "folder": str(self.folder.path), "trial": record.name}
 
-    def on_trial_complete(
-        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
-    ) -> None:
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Ray's message that a trial has ended; settles the ledger and tells Optuna."""
         name = self.names.get(trial_id)
         if name is not None:
             self.finish(name, failed=error)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Leaves a word where Ray expects its copy of the searcher: ours is the study folder."""
+        Path(checkpoint_path).write_text("the state of this search is in the study folder\n", encoding="utf-8")
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to do: a searcher is built from the study folder."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Ray pickles a searcher to restore it; this one is rebuilt instead, and holds locks and open files."""
+        return {"study": self.study, "metric": self._metric, "mode": self._mode}
 
     def finish(self, name: str, *, failed: bool, error: str | None = None) -> None:
         """Brings folder, ledger and Optuna up to a trial's end; safe to repeat."""
@@ -90,7 +107,10 @@ class StudySearcher(Searcher):
             state = "stopped_early" if last.status == "running" else last.status  # type: ignore[assignment]
         record = self.folder.read_trial(name)
         self.folder.end_trial(name, TrialEnd(state=state, error=error))
-        self.ledger.settle(name, charged_to(self.folder, record))
+        charged = charged_to(self.folder, record)
+        # A failed trial may be tried again, so it stays charged with its worst case.
+        if charged is not None and state != "failed":
+            self.ledger.settle(name, charged)
         self._tell(record, state, last.metrics.get(self.study.objective) if last else None)
         self.on_change(name)
 
@@ -152,9 +172,7 @@ class StudySearcher(Searcher):
         return True
 
     def _baseline_record(self, name: str) -> TrialRecord:
-        return make_record(
-            f"baseline-{name}", schema.ROLE_BASELINE, self.study.baseline(name), self.records, {}, None
-        )
+        return make_record(f"baseline-{name}", schema.ROLE_BASELINE, self.study.baseline(name), self.records, {}, None)
 
     def _unfinished(self) -> list[TrialRecord]:
         return [record for record in self.folder.trials() if self.folder.end_of(record.name) is None]
@@ -181,15 +199,16 @@ def config_id(config: TrialConfig) -> str:
 
 def cost_of(record: TrialRecord) -> TrialCost:
     """A trial's worst case for the study's ledger."""
-    return TrialCost(
-        sample_rate=record.sample_rate, noise_multiplier=record.noise_multiplier, steps=record.steps
-    )
+    return TrialCost(sample_rate=record.sample_rate, noise_multiplier=record.noise_multiplier, steps=record.steps)
 
 
-def charged_to(folder: StudyFolder, record: TrialRecord) -> int:
-    """Steps that a trial was charged, from its own ledger; 0 if it never opened one."""
-    place = folder.run(record.name) / "ledger"
-    return charged_steps(place) if place.exists() else 0
+def charged_to(folder: StudyFolder, record: TrialRecord) -> int | None:
+    """Steps that a trial was charged, from its own ledger; None where that cannot be known."""
+    try:
+        return charged_steps(folder.run(record.name) / "ledger")
+    except InputError as error:
+        log.warning("%s stays charged with its worst case: %s", record.name, error)
+        return None
 
 
 def open_optuna(study: Study, folder: StudyFolder) -> optuna.Study:

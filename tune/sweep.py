@@ -17,6 +17,7 @@ from dpsink.data import default_root
 from dpsink.errors import InputError
 from dpsink.judging import judge
 from dpsink.privacy.ledger import StudyLedger
+from dpsink.training import use_threads
 from tune import schema
 from tune.board import Board
 from tune.folder import StudyFolder, StudyRecord, TrialEnd, TrialRecord
@@ -28,7 +29,6 @@ from tune.tracking import MLflowTracker, check_tracking
 log = logging.getLogger("dpsink")
 
 SESSIONS = 3  # how often Ray may fall over as a whole before a person is asked
-WORKER_RETRIES = 2  # of one trial whose process died
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ class _Session:
         self.study, self.folder, self.plan, self.ledger, self.data_root = study, folder, plan, ledger, data_root
         total = len(study.baselines) + study.algorithm.trials
         self.board = Board(f"study {study.name}", total, study.objective)
-        self.tracker = MLflowTracker(folder)
         self._write_statement()
+        self.tracker = MLflowTracker(folder.read_study().tracking_uri, folder)
         worker = {"data_root": str(data_root), "threads": 1}
         self.searcher = StudySearcher(study, folder, ledger, len(plan.data.train), worker, self._changed)
         self._restore_board()
@@ -137,7 +137,7 @@ class _Session:
         if finished:
             self._judge_chosen()
         statement = self._write_statement()
-        self.tracker.close(finished=finished)
+        self.tracker.close(study="completed" if finished else "interrupted")
         return statement
 
     def progressed(self, name: str, values: dict[str, Any]) -> None:
@@ -178,6 +178,7 @@ class _Session:
 
     def _judge_chosen(self) -> None:
         """The test split's only use: the best run and the baselines, each once."""
+        use_threads(1)  # a second one waits more than it works on images this small
         best = select_best(self.folder, self.study)
         for record in self.folder.trials():
             chosen = record.role == schema.ROLE_BASELINE or record == best

@@ -20,11 +20,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpsink.privacy.accounting import accountant_version
-
 from dpsink.checkpoint import CheckpointState, Report, latest_checkpoint, read_state
 from dpsink.config import config_sha256, dump_config, flatten
 from dpsink.errors import InputError
+from dpsink.privacy.accounting import accountant_version
 from dpsink.privacy.plan import NON_PRIVATE
 from tune import schema
 from tune.folder import StudyFolder, TrialEnd, TrialRecord
@@ -54,9 +53,10 @@ def check_tracking(uri: str) -> None:
         with _answer_within(CHECK_SECONDS):
             connect(uri).search_experiments(max_results=1)
     except Exception as error:
+        reason = schema.mlflow_reason(error, uri)
         raise InputError(
-            f"tracking URI {schema.shown_uri(uri)} does not answer: {_reason(error, uri)}; start the MLflow "
-            "server, or name another in tracking.uri or MLFLOW_TRACKING_URI"
+            f"tracking URI {schema.shown_uri(uri)} does not answer: {reason}; start the MLflow server, or name "
+            "another in tracking.uri or MLFLOW_TRACKING_URI"
         ) from None
 
 
@@ -158,9 +158,7 @@ class Mirror:
 
     def _create_study(self) -> "Run":
         started = _modified(self.folder.path / "study.json")
-        return self._create(
-            self._identity(schema.KIND_STUDY), self.record.name, self.record.target_epsilon, started
-        )
+        return self._create(self._identity(schema.KIND_STUDY), self.record.name, self.record.target_epsilon, started)
 
     def _create_trial(self, record: TrialRecord) -> "Run":
         tags = self._identity(schema.KIND_TRIAL, record.name) | {schema.PARENT_TAG: self._parent}
@@ -401,7 +399,7 @@ class MLflowTracker:
         if not self._lost:
             self._lost = True
             uri = schema.shown_uri(self.uri)
-            log.warning("MLflow at %s is lost (%s); the study goes on", uri, _reason(error, self.uri))
+            log.warning("MLflow at %s is lost (%s); the study goes on", uri, schema.mlflow_reason(error, self.uri))
 
 
 def _check_database(uri: str) -> None:
@@ -441,10 +439,6 @@ def _private_tag(target_epsilon: float) -> str:
 def _shown_state(run: "Run") -> Any:
     """The state that MLflow shows; None before the first."""
     return run.data.tags.get(schema.STATUS_TAG)
-
-
-def _reason(error: Exception, uri: str) -> str:
-    return " ".join(str(error).split()).replace(uri, schema.shown_uri(uri))[:200]
 
 
 def _modified(path: Path) -> float:

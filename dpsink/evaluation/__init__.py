@@ -1,4 +1,4 @@
-"""How good are synthetic images? Judged on public real ones, by classifiers, feature distances and variety."""
+"""How good are synthetic images? Judged on real ones by classifiers, feature distances and variety."""
 
 from collections.abc import Sequence
 
@@ -49,9 +49,9 @@ def evaluate(
         seed: of everything random; the metrics are a function of it and of the arguments.
 
     Returns:
-        `fid`, `kid` (down to about 0; at worst 1e6), `precision`, `recall` (in [0, 1]), `variety` (0 for class
-        means, about 1 for real images), `accuracy_<classifier>` (in [0, 1]), and `accuracy`, their mean, where
-        all three classifiers were run.
+        `fid`, `kid` (about 0 for real images, 1e6 at worst), `precision`, `recall` (in [0, 1]), `variety` (0
+        for class means, about 1 for real images), `accuracy_<classifier>` (in [0, 1]), and `accuracy`, their
+        mean, where all three classifiers were run.
 
     Raises:
         InputError: too few images, sets that do not match, or an unknown classifier.
@@ -70,6 +70,6 @@ def _check(synthetic: LabelledImages, reference: LabelledImages) -> None:
         raise InputError(f"{fewest} images are too few to evaluate; give {MIN_IMAGES} or more")
     if (synthetic.shape, synthetic.num_classes) != (reference.shape, reference.num_classes):
         raise InputError(
-            f"synthetic images {synthetic.shape} of {synthetic.num_classes} classes must match the reference's "
-            f"{reference.shape} of {reference.num_classes}; evaluate against the data set they were made for"
+            f"synthetic images {synthetic.shape} of {synthetic.num_classes} classes must match the real "
+            f"ones, {reference.shape} of {reference.num_classes}; evaluate against the data set they were made for"
         )

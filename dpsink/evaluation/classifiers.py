@@ -13,7 +13,7 @@ from dpsink.errors import InputError
 
 CLASSIFIERS = ("logreg", "mlp", "cnn")
 HELD_BACK = 10  # one in ten synthetic samples decides when training stops
-LEARNING_RATE = 2e-3  # of Adam
+LEARNING_RATE = 1e-3  # of Adam
 BATCH_SIZE = 64
 PATIENCE = 3  # epochs without a better held-back loss
 MAX_EPOCHS = 50
@@ -35,7 +35,7 @@ def classifier_accuracies(
         seed: of the split, the initialisation and the order of batches; the result is a function of it.
 
     Returns:
-        `accuracy_<name>` for each classifier, in [0, 1], and `accuracy`, their mean, where all three were run.
+        `accuracy_<name>` for each classifier, in [0, 1]; where all three were run, `accuracy`, their mean.
 
     Raises:
         InputError: an unknown classifier.
@@ -67,9 +67,7 @@ def build_classifier(name: str, shape: tuple[int, int, int], num_classes: int) -
     raise InputError(f"classifier {name!r} is not known; choose from {', '.join(CLASSIFIERS)}")
 
 
-def build_cnn(
-    shape: tuple[int, int, int], num_classes: int, *, channels: int, features: int
-) -> nn.Sequential:
+def build_cnn(shape: tuple[int, int, int], num_classes: int, *, channels: int, features: int) -> nn.Sequential:
     """Two convolutions, each halving the image, a hidden layer of `features` units, and the logits."""
     depth, height, width = shape
     return nn.Sequential(
@@ -87,7 +85,7 @@ def build_cnn(
 
 @torch.enable_grad()
 def fit(model: nn.Module, data: LabelledImages, *, seed: int) -> None:
-    """Trains from scratch, in the model's own precision, and keeps the epoch that does best on a held-back tenth.
+    """Trains from scratch in the model's own precision; keeps the epoch that is best on a held-back tenth.
 
     Global random state is neither read nor changed.
 

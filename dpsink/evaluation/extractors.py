@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -21,7 +20,7 @@ from dpsink.data import LabelledImages
 from dpsink.errors import InputError
 from dpsink.evaluation.classifiers import build_cnn, fit, predict
 
-ARCHITECTURE = "cnn-16-32/1"  # part of the cache key: raise the number when network or training change
+ARCHITECTURE = "cnn-8-16-32/1"  # part of the cache key: raise the number when network or training change
 FEATURES = 32
 BATCH_SIZE = 64
 INCEPTION_SHA256_PREFIX = "6726825d"  # also in the file's name
@@ -76,8 +75,10 @@ def classifier_extractor(reference: LabelledImages, *, seed: int = 0) -> Extract
     if key not in _built:
         model = _load_or_train(reference, seed, _cache_folder() / f"{key}.safetensors")
         layers = model[:-1]
+        # In units of the features' root mean square: how far training went then does not set FID's scale.
+        scale = predict(layers, reference.images).square().mean().sqrt()
         _built[key] = Extractor(
-            "classifier", f"classifier@{len(reference)}", lambda images: predict(layers, images)
+            "classifier", f"classifier@{len(reference)}", lambda images: predict(layers, images) / scale
         )
     return _built[key]
 
@@ -104,9 +105,9 @@ def inception_extractor(weights: Path | None = None, *, download: bool = False) 
 
 def _load_or_train(reference: LabelledImages, seed: int, path: Path) -> nn.Sequential:
     with torch.device("meta"):  # parameters come from the cache or from `fit`, not from global random state
-        model = build_cnn(reference.shape, reference.num_classes, channels=16, features=FEATURES)
-    # In float64 another number of threads or another CPU gives the same network to six digits; in float32
-    # rounding grows over the steps, and two workers would measure with two different extractors.
+        model = build_cnn(reference.shape, reference.num_classes, channels=8, features=FEATURES)
+    # In float64 the network is the same, once rounded, for any number of threads; in float32 rounding grows
+    # over the steps, and two workers would measure with two extractors.
     model.double().to_empty(device="cpu")
     if not _read_entry(path, model):
         fit(model, reference, seed=seed)
@@ -117,8 +118,8 @@ def _load_or_train(reference: LabelledImages, seed: int, path: Path) -> nn.Seque
 def _key(reference: LabelledImages, seed: int) -> str:
     facts = (reference.shape, len(reference), reference.num_classes, seed, ARCHITECTURE, torch.__version__)
     digest = hashlib.sha256(repr(facts).encode())
-    digest.update(np.ascontiguousarray(reference.images.numpy()))
-    digest.update(np.ascontiguousarray(reference.labels.numpy()))
+    digest.update(reference.images.numpy().tobytes())
+    digest.update(reference.labels.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -160,9 +161,7 @@ def _download(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), INCEPTION_SHA256_PREFIX, progress=False)
     except (OSError, RuntimeError) as error:
-        raise InputError(
-            f"{URL_INCEPTION_V3} cannot be downloaded to {path} ({error}); fetch it by hand"
-        ) from None
+        raise InputError(f"{URL_INCEPTION_V3} cannot be downloaded to {path} ({error}); fetch it by hand") from None
 
 
 @lru_cache(maxsize=1)
@@ -171,11 +170,9 @@ def _load_inception(path: Path) -> Extractor:
         # torch-fidelity unpickles without a guard: refuse a file that holds more than tensors first.
         torch.load(path, map_location="cpu", weights_only=True)
         with torch.random.fork_rng(devices=[]):
-            network = FeatureExtractorInceptionV3(
-                "inception", ["2048"], feature_extractor_weights_path=str(path)
-            )
+            network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"{path}: not torch-fidelity's Inception weights ({reason}); fetch {URL_INCEPTION_V3}"
         ) from None

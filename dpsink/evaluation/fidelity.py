@@ -5,6 +5,7 @@ Every value is finite: where a distance is not defined or overflows it is `WORST
 
 from functools import lru_cache
 
+import numpy as np
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
@@ -31,14 +32,10 @@ def fidelity(
         extractor: of the features.
         seed: of KID's subsets.
     """
-    # float64: in float32 the distance between equal features is not 0, and a collapsed generator gets recall.
-    generated, real = (
-        extractor.features(synthetic.images).double(),
-        _reference_features(extractor, reference.images),
-    )
-    return {"fid": fid(generated, real), "kid": kid(generated, real, seed=seed)} | precision_recall(
-        generated, real
-    )
+    # float64: in float32 equal features come out up to 0.003 apart, so that a collapsed generator gets recall.
+    generated = extractor.features(synthetic.images).double()
+    real = _reference_features(extractor, reference.images).double()
+    return {"fid": fid(generated, real), "kid": kid(generated, real, seed=seed)} | precision_recall(generated, real)
 
 
 def fid(features_a: Tensor, features_b: Tensor) -> float:
@@ -49,7 +46,10 @@ def fid(features_a: Tensor, features_b: Tensor) -> float:
         features_b: float64, (M, D), M >= 2.
     """
     statistics = [fid_features_to_statistics(features) for features in (features_a, features_b)]
-    distance = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+    try:
+        distance = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
+    except np.linalg.LinAlgError:  # non-finite covariances, or eigenvalues that did not converge
+        return WORST_DISTANCE
     return max(_bounded(distance), 0.0)  # rounding takes equal sets below 0
 
 
@@ -64,16 +64,14 @@ def kid(features_a: Tensor, features_b: Tensor, *, seed: int = 0) -> float:
         seed: of the subsets.
     """
     size = min(KID_SUBSET_SIZE, len(features_a), len(features_b))
-    scores = kid_features_to_metric(
-        features_a, features_b, kid_subset_size=size, rng_seed=seed, verbose=False
-    )
+    scores = kid_features_to_metric(features_a, features_b, kid_subset_size=size, rng_seed=seed, verbose=False)
     return _bounded(scores[KEY_METRIC_KID_MEAN])
 
 
 def precision_recall(generated: Tensor, real: Tensor) -> dict[str, float]:
-    """`precision`, the share of generated features among the real ones, and `recall`, the converse, in [0, 1].
+    """`precision`, the share of generated features among the real ones, and `recall`, the converse.
 
-    By k-nearest-neighbour balls (arXiv 1904.06991, Equations 1-2).
+    Both in [0, 1], by k-nearest-neighbour balls (arXiv 1904.06991, Equations 1-2).
 
     Args:
         generated: float64, (N, D).
@@ -93,15 +91,13 @@ def precision_recall(generated: Tensor, real: Tensor) -> dict[str, float]:
 
 def fid_floor(reference_a: LabelledImages, reference_b: LabelledImages, extractor: Extractor) -> float:
     """FID between two public sets of real images: what a perfect generator would get."""
-    return fid(
-        extractor.features(reference_a.images).double(), extractor.features(reference_b.images).double()
-    )
+    return fid(extractor.features(reference_a.images).double(), extractor.features(reference_b.images).double())
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=2)
 def _reference_features(extractor: Extractor, images: Tensor) -> Tensor:
     """Kept between the evaluations of a trial: Inception takes minutes for 10,000 images on a CPU."""
-    return extractor.features(images).double()
+    return extractor.features(images)
 
 
 def _bounded(distance: float) -> float:

@@ -27,7 +27,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from dp_accounting import dp_event
@@ -42,9 +42,12 @@ from dpsink.privacy.storage import GENESIS, Chain, Storage, as_storage
 Policy = Literal["compose_all", "release_best", "per_trial_only"]
 Guarantee = Literal["filter", "fixed_costs", "selection", "none"]
 
-ORDERS = tuple(1 + step / 10 for step in range(1, 100)) + tuple(
-    float(order) for order in (*range(11, 65), 80, 96, 128, 192, 256, 512, 1024)
-)  # Rényi orders among which one is chosen
+# Rényi orders among which one is chosen: close to 1 for ε in the hundreds, large for ε of a few hundredths.
+ORDERS = (
+    *(1.01, 1.02, 1.05),
+    *(1 + tenths / 10 for tenths in range(1, 100)),
+    *(float(order) for order in (*range(11, 65), 80, 96, 128, 192, 256, 512, 1024)),
+)
 _ROUNDING = 1e-9  # relative slack, on the safe side, against the rounding of sums
 
 
@@ -73,9 +76,7 @@ class TrialCost:
 
     def __post_init__(self) -> None:
         _require(0 <= self.sample_rate <= 1, "sample_rate", self.sample_rate, "in [0, 1]")
-        _require(
-            0 <= self.noise_multiplier < math.inf, "noise_multiplier", self.noise_multiplier, "in [0, inf)"
-        )
+        _require(0 <= self.noise_multiplier < math.inf, "noise_multiplier", self.noise_multiplier, "in [0, inf)")
         _require(self.steps >= 0, "steps", self.steps, ">= 0")
 
     def rdp(self, orders: tuple[float, ...] = ORDERS) -> np.ndarray:
@@ -167,7 +168,8 @@ def plan_study(
             `release_best`: one for each cost that a trial may have.
         delta: δ of the study, in (0, 1).
         policy: see the module.
-        study_epsilon: the most that the study may spend; by default what `costs` need. `compose_all` only.
+        study_epsilon: the most that the study may spend; by default what `costs` need. `compose_all` only, but
+            infinity makes a study of any policy one without privacy.
         adaptive: whether the costs may depend on earlier results. With False the list is fixed in advance (a
             list of one always is) and composed by PLD; all other hyperparameters may still be adaptive.
         selection: how many trials `release_best` runs.
@@ -175,29 +177,20 @@ def plan_study(
     Raises:
         InputError: a value is outside its range, or does not go with the policy.
     """
-    _require(0 < delta < 1, "delta", delta, "in (0, 1)")
-    _require((selection is not None) == (policy == "release_best"), "selection", selection, _SELECTION_RULE)
-    if study_epsilon is not None:
-        _require(
-            policy == "compose_all", "study_epsilon", study_epsilon, "left out unless policy is compose_all"
-        )
-        _require(study_epsilon > 0, "study_epsilon", study_epsilon, "> 0")
+    _check_options(costs, delta, policy, study_epsilon, selection)
+    if study_epsilon == math.inf:
+        return StudyPlan("none", math.inf)
     if policy == "per_trial_only":
         return StudyPlan("none", None)
-    if not costs and (study_epsilon is None or selection):
-        raise InputError("planned=[] must name the trials' costs, or study_epsilon be given: add one of them")
     if selection:
         return _plan_selection(costs, delta, selection)
-    if study_epsilon == math.inf or any(cost.noise_multiplier == 0 for cost in costs):
+    if any(cost.noise_multiplier == 0 for cost in costs):
         return _plan_without_privacy(study_epsilon)
     if costs and (not adaptive or len(costs) == 1):
         composed = composed_epsilon(costs, delta)
         if composed <= (study_epsilon or math.inf):
             return StudyPlan("fixed_costs", composed)
     return _plan_filter(costs, delta, study_epsilon)
-
-
-_SELECTION_RULE = "given with policy release_best and only then"
 
 
 def planned_epsilon(costs: Sequence[TrialCost], delta: float, **options: Any) -> float | None:
@@ -223,17 +216,48 @@ def composed_epsilon(costs: Iterable[TrialCost], delta: float) -> float:
         return math.inf
     if len(kinds) == 1:
         return epsilon(**asdict(kinds[0]), delta=delta)
+    return _mixed_epsilon(kinds, delta) if kinds else 0.0
+
+
+def _mixed_epsilon(kinds: Sequence[TrialCost], delta: float) -> float:
+    """ε of different mechanisms by PLD, and never more than by RDP."""
+    bound = _rdp_epsilon(kinds, delta)
+    allowed = delta - 2.0**-50 * sum(kind.steps for kind in kinds)  # less what FFTs may hide, as in `accounting.py`
+    if allowed <= 0:
+        return bound
     accountant = PLDAccountant()
     for kind in kinds:
-        step = dp_event.PoissonSampledDpEvent(
-            kind.sample_rate, dp_event.GaussianDpEvent(kind.noise_multiplier)
-        )
-        accountant.compose(step, kind.steps)
-    return float(accountant.get_epsilon(delta)) if kinds else 0.0
+        gaussian = dp_event.GaussianDpEvent(kind.noise_multiplier)
+        accountant.compose(dp_event.PoissonSampledDpEvent(kind.sample_rate, gaussian), kind.steps)
+    return min(bound, float(accountant.get_epsilon(allowed)))
+
+
+def _rdp_epsilon(costs: Iterable[TrialCost], delta: float) -> float:
+    """ε of all costs together at the order that is best for them."""
+    total = sum((cost.rdp() for cost in costs), np.zeros(len(ORDERS)))
+    return max(0.0, float((total + _conversion(delta)).min()))
+
+
+def _check_options(
+    costs: Sequence[TrialCost],
+    delta: float,
+    policy: Policy,
+    study_epsilon: float | None,
+    selection: Selection | None,
+) -> None:
+    _require(policy in get_args(Policy), "policy", policy, f"one of {', '.join(get_args(Policy))}")
+    _require(0 < delta < 1, "delta", delta, "in (0, 1)")
+    rule = "given with policy release_best and only then"
+    _require((selection is not None) == (policy == "release_best"), "selection", selection, rule)
+    if study_epsilon not in (None, math.inf):
+        _require(policy == "compose_all", "study_epsilon", study_epsilon, "left out unless policy is compose_all")
+        _require(study_epsilon > 0, "study_epsilon", study_epsilon, "> 0")
+    if not costs and policy != "per_trial_only" and (study_epsilon is None or selection):
+        raise InputError("planned=[] must name the trials' costs, or study_epsilon be given: add one of them")
 
 
 def _plan_without_privacy(study_epsilon: float | None) -> StudyPlan:
-    if study_epsilon not in (None, math.inf):
+    if study_epsilon is not None:
         raise InputError(
             f"study_epsilon={study_epsilon:g} cannot hold with a trial of noise_multiplier=0; leave that"
             " trial out, or set study_epsilon to inf: the study is then labelled NON-PRIVATE"
@@ -272,16 +296,17 @@ def _conversion(delta: float) -> np.ndarray:
 
 @lru_cache(maxsize=256)
 def _step_rdp(sample_rate: float, noise_multiplier: float, orders: tuple[float, ...]) -> np.ndarray:
-    return np.array(
-        compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=list(orders))
-    )
+    """Divergence of one step, with the library's rounding charged on top (measured in `accounting.py`)."""
+    curve = np.array(compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=list(orders)))
+    order = np.array(orders)
+    series = np.where(order % 1 == 0, 0.0, 5e-13)  # at fractional orders an infinite series is cut
+    rounding = (series + 1e-15 * (order + 1)) / (order - 1) + 1e-12 * np.abs(curve)
+    return np.nan_to_num(curve + rounding, nan=math.inf, posinf=math.inf)
 
 
 def _logarithmic_gamma(mean: float) -> float:
     """γ of the logarithmic distribution with that mean, (1/γ - 1) / ln(1/γ)."""
-    solution = root_scalar(
-        lambda gamma: (1 / gamma - 1) / -math.log(gamma) - mean, bracket=(1e-12, 1 - 1e-12)
-    )
+    solution = root_scalar(lambda gamma: (1 / gamma - 1) / -math.log(gamma) - mean, bracket=(1e-12, 1 - 1e-12))
     return float(solution.root)
 
 
@@ -299,10 +324,6 @@ _CLAIMS: dict[Guarantee, str] = {
     " only the winner may be published",
     "none": "no guarantee is given for the study as a whole",
 }
-_SECRECY = (
-    "nothing but the winner is published; all trials are drawn from one fixed distribution, a failed one"
-    " counts as the worst; their number was drawn before the study and is never told"
-)
 _ASSUMPTIONS = (
     "the number of records N, the sample rate, the noise multiplier and the set of labels are public",
     "every record joins every step independently, at the sample rate that is accounted",
@@ -311,9 +332,7 @@ _ASSUMPTIONS = (
     "trials are compared on public data, or by noisy scores that are accounted for",
     "the ledgers' storage keeps what was written to it",
 )
-_SELECTION_NOT_COVERED = (
-    "the selection: picking a trial by its results costs more than the trial's own epsilon"
-)
+_SELECTION_NOT_COVERED = "the selection: picking a trial by its results costs more than the trial's own epsilon"
 _NOT_COVERED = (
     "replacing one record by another (replace-one adjacency)",
     "timing, which may reveal the sizes of batches and roughly how many trials ran",
@@ -358,9 +377,7 @@ class PrivacyStatement:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields; infinity, which JSON lacks, is the string `inf`."""
-        fields = {
-            key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()
-        }
+        fields = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
         return {key: "inf" if value == math.inf else value for key, value in fields.items()}
 
     @classmethod
@@ -387,6 +404,32 @@ class PrivacyStatement:
             *_listed("Not covered:", self.not_covered),
         ]
         return "\n".join(textwrap.fill(p, 80, subsequent_indent="  ") for p in paragraphs) + "\n"
+
+
+def trial_statement(trial_epsilon: float, delta: float) -> PrivacyStatement:
+    """What may be said about one trial that belongs to no study: its own PLD figure, and nothing was selected."""
+    return PrivacyStatement(
+        policy="compose_all",
+        trial_epsilon=trial_epsilon,
+        trial_delta=delta,
+        study_epsilon=trial_epsilon,
+        study_delta=delta,
+        guarantee=_CLAIMS["fixed_costs"],
+        order=None,
+        spent=trial_epsilon,
+        accountants=(accountant_version("pld"),),
+        assumptions=_ASSUMPTIONS,
+        not_covered=_NOT_COVERED,
+        non_private=math.isinf(trial_epsilon),
+    )
+
+
+def _secrecy(selection: Selection) -> str:
+    return (
+        "nothing but the winner is published; all trials are drawn from one fixed distribution, and a failed one"
+        " counts as the worst; their number is never told, and was drawn before the study from a"
+        f" {selection.shape} distribution of mean {selection.expected_trials:g}"
+    )
 
 
 def _pair(epsilon: float | None, delta: float) -> str:
@@ -517,13 +560,9 @@ class StudyLedger:
             FencedError: another driver has opened the ledger; nothing is admitted.
             OSError: the storage failed; nothing is admitted.
         """
-        _require(
-            bool(_TRIAL_ID.fullmatch(trial_id)), "trial_id", trial_id, "letters, digits, _ . - (at most 100)"
-        )
+        _require(bool(_TRIAL_ID.fullmatch(trial_id)), "trial_id", trial_id, "letters, digits, _ . - (at most 100)")
         if trial_id in self._admitted:
-            _require(
-                cost == self._admitted[trial_id], "cost", cost, f"{self._admitted[trial_id]} for {trial_id}"
-            )
+            _require(cost == self._admitted[trial_id], "cost", cost, f"{self._admitted[trial_id]} for {trial_id}")
             return
         self._refuse_unplanned(cost)
         if reason := self._exhausted(cost):
@@ -549,9 +588,7 @@ class StudyLedger:
         most = admitted.steps if admitted else 0
         _require(0 <= steps_charged <= most, "steps_charged", steps_charged, f"in [0, {most}], as admitted")
         settled = self._settled.get(trial_id)
-        _require(
-            settled in (None, steps_charged), "steps_charged", steps_charged, f"{settled}, as settled before"
-        )
+        _require(settled in (None, steps_charged), "steps_charged", steps_charged, f"{settled}, as settled before")
         if settled is None:
             self._chain.append(f"settle-{trial_id}.json", {"steps": steps_charged})
             self._settled[trial_id] = steps_charged
@@ -567,8 +604,7 @@ class StudyLedger:
             return (self.cap or 0.0) if costs else 0.0
         if self.plan.guarantee == "fixed_costs":
             return min(composed_epsilon(costs, self.delta), self.cap or 0.0)
-        total = sum((cost.rdp() for cost in costs), np.zeros(len(ORDERS)))
-        return max(0.0, float((total + _conversion(self.delta)).min())) if total.any() else 0.0
+        return _rdp_epsilon(costs, self.delta) if any(cost.steps for cost in costs) else 0.0
 
     def statement(self, trial_epsilon: float, *, assumptions: Sequence[str] = ()) -> PrivacyStatement:
         """What may be said about the study.
@@ -579,7 +615,7 @@ class StudyLedger:
         """
         guarantee, per_trial_only = self.plan.guarantee, self.policy == "per_trial_only"
         accountants = ("pld",) if guarantee == "fixed_costs" else ("pld", "rdp")
-        secrecy = [f"{_SECRECY}, from {self._selection}"] if self._selection else []
+        secrecy = [_secrecy(self._selection)] if self._selection else []
         return PrivacyStatement(
             policy=self.policy,
             trial_epsilon=trial_epsilon,
@@ -597,10 +633,7 @@ class StudyLedger:
 
     def _charged(self) -> list[TrialCost]:
         """What each admitted trial costs: what ran if it is settled, its worst case if not."""
-        return [
-            replace(cost, steps=self._settled.get(trial, cost.steps))
-            for trial, cost in self._admitted.items()
-        ]
+        return [replace(cost, steps=self._settled.get(trial, cost.steps)) for trial, cost in self._admitted.items()]
 
     def _refuse_unplanned(self, cost: TrialCost) -> None:
         if self.plan.guarantee == "fixed_costs":

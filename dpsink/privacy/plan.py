@@ -81,9 +81,7 @@ def derive_plan(config: TrialConfig, records: int) -> PrivacyPlan:
     if config.generator.kind == "class_mean":
         return _control_plan(privacy, records)
     if privacy.batch_size > records:
-        raise InputError(
-            f"privacy.batch_size={privacy.batch_size} must be at most the {records} private records"
-        )
+        raise InputError(f"privacy.batch_size={privacy.batch_size} must be at most the {records} private records")
     sample_rate = privacy.batch_size / records
     sigma, steps = _noise_and_steps(privacy, sample_rate)
     return PrivacyPlan(
@@ -115,9 +113,7 @@ def _control_plan(privacy: PrivacyConfig, records: int) -> PrivacyPlan:
         sigma = noise_multiplier_for(
             target_epsilon=privacy.target_epsilon, delta=privacy.delta, sample_rate=1.0, steps=1
         )
-    return PrivacyPlan(
-        "class_mean", records, 1.0, sigma, privacy.clip_norm, 1, privacy.target_epsilon, privacy.delta
-    )
+    return PrivacyPlan("class_mean", records, 1.0, sigma, privacy.clip_norm, 1, privacy.target_epsilon, privacy.delta)
 
 
 def _noise_and_steps(privacy: PrivacyConfig, sample_rate: float) -> tuple[float, int]:

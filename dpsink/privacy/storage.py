@@ -255,9 +255,7 @@ class Chain:
         self.attempt = 0  # numbered from 1
 
     @classmethod
-    def open(
-        cls, storage: Storage, terms: Mapping[str, Any], *, witness: Mapping[str, Any] | None = None
-    ) -> Chain:
+    def open(cls, storage: Storage, terms: Mapping[str, Any], *, witness: Mapping[str, Any] | None = None) -> Chain:
         """Create a ledger, or open it as its next attempt.
 
         Args:
@@ -355,9 +353,7 @@ class Chain:
             raise _damaged(self._storage, "it is not the ledger that the checkpoint was written with")
         if not {entry.checksum for entry in self._entries.values()}.issuperset(witness["heads"]):
             seen, left = witness["objects"], len(self._entries)
-            raise _damaged(
-                self._storage, f"the checkpoint saw {seen} objects, {left} are left, not all of those"
-            )
+            raise _damaged(self._storage, f"the checkpoint saw {seen} objects, {left} are left, not all of those")
 
     def _refuse_changed(self, terms: Mapping[str, Any]) -> None:
         old = self._entries[GENESIS].data["terms"]

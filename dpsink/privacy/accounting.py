@@ -1,0 +1,750 @@
+"""How much privacy training spends: ε ↔ steps ↔ noise multiplier ↔ sample rate.
+
+The mechanism is the Poisson-subsampled Gaussian under add/remove one record: in every step each record joins with
+probability `sample_rate`, and the released sum carries Gaussian noise of standard deviation `noise_multiplier` ×
+sensitivity. Two accountants bound its ε:
+
+- ``pld``, the reference: connect-the-dots privacy loss distributions (dp-accounting; Doroshenko et al. 2022,
+  https://arxiv.org/abs/2207.04380), or the closed form where sample_rate = 1, and never more than ``rdp``.
+- ``rdp``: Rényi curves (Opacus; Mironov et al. 2019, https://arxiv.org/abs/1908.10530), looser and nearly instant.
+
+Every answer errs to the safe side: ε up, steps down, noise up, sampling down. That includes floating point: what the
+libraries' rounding can add up to over the steps is charged (`_fft_slack`, `_rdp_curve`). Answers are kept in memory
+and, one small file each, under ``$XDG_CACHE_HOME/dpsink/accounting``.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import numbers
+import os
+import reprlib
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import numpy as np
+from dp_accounting import get_epsilon_gaussian, get_sigma_gaussian
+from dp_accounting.pld import privacy_loss_distribution as pld
+from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
+from opacus.accountants.analysis import rdp
+from scipy.optimize import toms748
+
+from dpsink.errors import InputError
+
+Accountant = Literal["pld", "rdp"]
+
+MIN_NOISE_MULTIPLIER = 0.1  # below, one step alone costs ε in the hundreds and its loss grid takes minutes
+MAX_NOISE_MULTIPLIER = 1e6  # more noise is accounted as this much
+MIN_SAMPLE_RATE = 1e-9  # rarer sampling is accounted as this rate
+MAX_STEPS = 10**9  # the largest number of steps that is accounted or given
+
+_CALIBRATION_TOLERANCE = 5e-4  # relative; how near a calibrated value comes to the exact one
+_SIGNIFICANT_DIGITS = 6  # of a calibrated value, so that a person can copy it
+_MAX_GRID_POINTS = 2**23  # of a composed loss distribution: about 1 GB and 5 s
+_UNIT_ROUNDOFF = 2.0**-53
+_TAIL_MASS = 1e-15  # that dp-accounting cuts off a composition and counts as a certain loss
+_REVISION = 1  # of this file's arithmetic; raise it whenever an answer may change
+
+
+class _Mechanism(NamedTuple):
+    """One step: Poisson rate in [MIN_SAMPLE_RATE, 1], noise multiplier ≤ MAX_NOISE_MULTIPLIER."""
+
+    sample_rate: float
+    noise_multiplier: float
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions that callers ask.
+
+
+def epsilon(
+    *, steps: int, delta: float, sample_rate: float, noise_multiplier: float, accountant: Accountant = "pld"
+) -> float:
+    """ε that `steps` steps spend: an upper bound.
+
+    Args:
+        steps: Number of noisy releases, an integer in [0, MAX_STEPS]; empty batches count.
+        delta: δ in (0, 1).
+        sample_rate: Poisson probability of each record in a step, in (0, 1]; 1 is the plain Gaussian.
+        noise_multiplier: Noise standard deviation over sensitivity, ≥ MIN_NOISE_MULTIPLIER.
+        accountant: ``pld`` or ``rdp``.
+
+    Returns:
+        ε ≥ 0; 0.0 for no steps.
+
+    Raises:
+        InputError: An argument is not a number in its range.
+    """
+    return _answer(
+        "epsilon",
+        accountant,
+        steps=_whole("steps", steps, low=0),
+        delta=_delta(delta),
+        mechanism=_mechanism(sample_rate, noise_multiplier),
+    )
+
+
+def epsilon_curve(
+    *,
+    steps: Sequence[int],
+    delta: float,
+    sample_rate: float,
+    noise_multiplier: float,
+    accountant: Accountant = "pld",
+) -> list[float]:
+    """`epsilon` at several numbers of steps, in their order; the loss distribution is built once for all.
+
+    Args:
+        steps: Integers in [0, MAX_STEPS], in any order; may be empty.
+        delta: δ in (0, 1).
+        sample_rate: Poisson probability of each record in a step, in (0, 1].
+        noise_multiplier: Noise standard deviation over sensitivity, ≥ MIN_NOISE_MULTIPLIER.
+        accountant: ``pld`` or ``rdp``.
+
+    Returns:
+        One upper bound of ε for each entry of `steps`.
+
+    Raises:
+        InputError: An argument is not a number in its range, or `steps` is not a sequence.
+    """
+    if isinstance(steps, str | bytes) or not isinstance(steps, Sequence | np.ndarray):
+        raise InputError(f"steps={_shown(steps)} must be a sequence of integers; give a list such as [100, 200]")
+    points = tuple(_whole("steps", each, low=0) for each in steps)
+    mechanism = _mechanism(sample_rate, noise_multiplier)
+    return list(_answer("epsilon_curve", accountant, steps=points, delta=_delta(delta), mechanism=mechanism))
+
+
+def max_steps(
+    *,
+    target_epsilon: float,
+    delta: float,
+    sample_rate: float,
+    noise_multiplier: float,
+    accountant: Accountant = "pld",
+) -> int:
+    """The largest number of steps T with ε(T) ≤ `target_epsilon`; both ε(T) and ε(T + 1) were evaluated.
+
+    Args:
+        target_epsilon: ε > 0, finite.
+        delta: δ in (0, 1).
+        sample_rate: Poisson probability of each record in a step, in (0, 1].
+        noise_multiplier: Noise standard deviation over sensitivity, ≥ MIN_NOISE_MULTIPLIER.
+        accountant: ``pld`` or ``rdp``.
+
+    Returns:
+        T in [0, MAX_STEPS]: 0 when not even one step fits, MAX_STEPS when the budget allows that many or more.
+
+    Raises:
+        InputError: An argument is not a number in its range.
+    """
+    return _answer(
+        "max_steps",
+        accountant,
+        target_epsilon=_target_epsilon(target_epsilon),
+        delta=_delta(delta),
+        mechanism=_mechanism(sample_rate, noise_multiplier),
+    )
+
+
+def noise_multiplier_for(
+    *, target_epsilon: float, delta: float, sample_rate: float, steps: int, accountant: Accountant = "pld"
+) -> float:
+    """The smallest noise multiplier with ε(steps) ≤ `target_epsilon`, rounded up.
+
+    Args:
+        target_epsilon: ε > 0, finite.
+        delta: δ in (0, 1).
+        sample_rate: Poisson probability of each record in a step, in (0, 1].
+        steps: Number of noisy releases, an integer in [1, MAX_STEPS].
+        accountant: ``pld`` or ``rdp``.
+
+    Returns:
+        Noise standard deviation over sensitivity, in [MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER], at most 0.1 % above
+        the smallest that the accountant allows there.
+
+    Raises:
+        InputError: An argument is not a number in its range, or no noise up to MAX_NOISE_MULTIPLIER is enough.
+    """
+    return _answer(
+        "noise_multiplier_for",
+        accountant,
+        target_epsilon=_target_epsilon(target_epsilon),
+        delta=_delta(delta),
+        sample_rate=_sample_rate(sample_rate),
+        steps=_whole("steps", steps, low=1),
+    )
+
+
+def sample_rate_for(
+    *,
+    target_epsilon: float,
+    delta: float,
+    noise_multiplier: float,
+    steps: int,
+    accountant: Accountant = "pld",
+) -> float:
+    """The largest Poisson sample rate with ε(steps) ≤ `target_epsilon`, rounded down.
+
+    Args:
+        target_epsilon: ε > 0, finite.
+        delta: δ in (0, 1).
+        noise_multiplier: Noise standard deviation over sensitivity, ≥ MIN_NOISE_MULTIPLIER.
+        steps: Number of noisy releases, an integer in [1, MAX_STEPS].
+        accountant: ``pld`` or ``rdp``.
+
+    Returns:
+        Probability in [MIN_SAMPLE_RATE, 1], at most 0.1 % below the largest that the accountant allows there.
+
+    Raises:
+        InputError: An argument is not a number in its range, or even MIN_SAMPLE_RATE spends more.
+    """
+    return _answer(
+        "sample_rate_for",
+        accountant,
+        target_epsilon=_target_epsilon(target_epsilon),
+        delta=_delta(delta),
+        noise_multiplier=_noise_multiplier(noise_multiplier),
+        steps=_whole("steps", steps, low=1),
+    )
+
+
+def accountant_version(accountant: Accountant) -> str:
+    """The library behind `accountant` with its version, for records: ``dp-accounting 0.6.0``.
+
+    Raises:
+        InputError: `accountant` is neither ``pld`` nor ``rdp``.
+    """
+    return _library_version("dp-accounting" if _known(accountant) == "pld" else "opacus")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Input: everything is checked before a library sees it (q = NaN makes Opacus loop for ever).
+
+
+def _shown(value: object) -> str:
+    return " ".join(reprlib.repr(value).split())
+
+
+def _number(name: str, value: object, rule: str, within: Callable[[float], bool]) -> float:
+    """`value` as a float where it is a real number (no bool) and `within` holds (which no NaN passes)."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:  # an integer beyond the floats
+            number = math.inf
+        if within(number):
+            return number
+    raise InputError(f"{name}={_shown(value)} must be {rule}")
+
+
+def _target_epsilon(value: object) -> float:
+    rule = "a finite number > 0; give for example 10 (training without privacy has no budget to account)"
+    return _number("target_epsilon", value, rule, lambda x: 0 < x < math.inf)
+
+
+def _delta(value: object) -> float:
+    rule = "in (0, 1); use less than 1 / (number of records), for example 1e-5"
+    return _number("delta", value, rule, lambda x: 0 < x < 1)
+
+
+def _sample_rate(value: object) -> float:
+    rule = "in (0, 1]; use batch size / number of records"
+    return max(_number("sample_rate", value, rule, lambda x: 0 < x <= 1), MIN_SAMPLE_RATE)
+
+
+def _noise_multiplier(value: object) -> float:
+    rule = f"finite and >= {MIN_NOISE_MULTIPLIER}; choose 0.5 or more"
+    number = _number("noise_multiplier", value, rule, lambda x: MIN_NOISE_MULTIPLIER <= x < math.inf)
+    return min(number, MAX_NOISE_MULTIPLIER)
+
+
+def _mechanism(sample_rate: object, noise_multiplier: object) -> _Mechanism:
+    return _Mechanism(_sample_rate(sample_rate), _noise_multiplier(noise_multiplier))
+
+
+def _whole(name: str, value: object, *, low: int) -> int:
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        whole = int(value)
+        if low <= whole <= MAX_STEPS:
+            return whole
+    raise InputError(
+        f"{name}={_shown(value)} must be an integer in [{low}, {MAX_STEPS}]; give a number of steps in that range"
+    )
+
+
+def _known(accountant: object) -> Accountant:
+    for known in get_args(Accountant):
+        if isinstance(accountant, str) and accountant == known:
+            return known
+    raise InputError(f"accountant={_shown(accountant)} must be 'pld' or 'rdp'; use 'pld', the tighter one")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RDP.
+
+# Dense where most optima lie; next to 1 for budgets in the hundreds, up to 1024 for budgets of a few hundredths
+# (binomial coefficients overflow beyond). Fractional orders only up to 11: there their series is accurate.
+_RDP_ORDERS = np.array(
+    [1.01, 1.02, 1.05]
+    + [1 + tenths / 10 for tenths in range(1, 100)]
+    + [float(order) for order in (*range(11, 65), 72, 80, 96, 112, 128, 160, 192, 256, 384, 512, 768, 1024)]
+)
+
+
+@functools.lru_cache(maxsize=64)
+def _rdp_curve(mechanism: _Mechanism) -> np.ndarray:
+    """RDP of one step at each of `_RDP_ORDERS`: float64 [orders], > 0.
+
+    Opacus returns log(A_α) / (α - 1). At small q that logarithm is lost in rounding and even comes out negative, which
+    a million steps would turn into a claim. So its error is added: against 60 digits we measured ≤ 2e-16·(α + 1) for
+    whole orders and ≤ 1.4e-13 for fractional ones, whose series is cut at e^-30.
+    """
+    curve = np.asarray(
+        rdp.compute_rdp(
+            q=mechanism.sample_rate,
+            noise_multiplier=mechanism.noise_multiplier,
+            steps=1,
+            orders=_RDP_ORDERS.tolist(),
+        )
+    )
+    series_error = np.where(_RDP_ORDERS % 1 == 0, 0.0, 5e-13)
+    rounding = (series_error + 1e-15 * (_RDP_ORDERS + 1)) / (_RDP_ORDERS - 1) + 1e-12 * np.abs(curve)
+    return np.nan_to_num(curve + rounding, nan=math.inf, posinf=math.inf)
+
+
+def _rdp_overhead(delta: float) -> np.ndarray:
+    """What the conversion adds to an RDP curve: ε = RDP + overhead, float64 [orders] (Balle et al. 2020, Thm. 21)."""
+    orders = _RDP_ORDERS
+    return np.log1p(-1 / orders) - (math.log(delta) + np.log(orders)) / (orders - 1)
+
+
+def _rdp_epsilon(mechanism: _Mechanism, steps: int, delta: float) -> float:
+    return max(0.0, float(np.min(steps * _rdp_curve(mechanism) + _rdp_overhead(delta))))
+
+
+def _rdp_max_steps(mechanism: _Mechanism, target_epsilon: float, delta: float) -> int:
+    """The largest T that fits at some order, T ≤ (ε - overhead) / RDP; the caller settles the rounding."""
+    with np.errstate(over="ignore"):
+        fractional = float(np.max((target_epsilon - _rdp_overhead(delta)) / _rdp_curve(mechanism)))
+    return int(min(max(fractional, 0.0), MAX_STEPS))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PLD.
+
+
+@functools.lru_cache(maxsize=64)
+def _interval(mechanism: _Mechanism) -> float:
+    """Spacing of the grid of privacy losses, in nats: 1e-4 for ordinary mechanisms.
+
+    Finer where one step's losses span little, coarser where they span hundreds (building takes a second per 200,000
+    points). A finer grid is not a tighter one: rounding in the library adds a mass of about span × 1e-17 / interval²
+    to every step.
+    """
+    span = max(_loss_span(mechanism, AdjacencyType.ADD), _loss_span(mechanism, AdjacencyType.REMOVE))
+    return min(max(span / 20_000, 1e-5), max(1e-4, span / 200_000))
+
+
+def _loss_span(mechanism: _Mechanism, adjacency: AdjacencyType) -> float:
+    """Width in nats of the range that dp-accounting covers with its grid for one step."""
+    loss = GaussianPrivacyLoss(
+        mechanism.noise_multiplier, sampling_prob=mechanism.sample_rate, adjacency_type=adjacency
+    )
+    bounds = loss.connect_dots_bounds()
+    assert bounds.epsilon_upper is not None and bounds.epsilon_lower is not None  # the noise is continuous
+    return float(bounds.epsilon_upper - bounds.epsilon_lower)
+
+
+@functools.lru_cache(maxsize=4)
+def _one_step(mechanism: _Mechanism) -> pld.PrivacyLossDistribution:
+    """The pessimistic privacy loss distribution of one step, for adding and for removing a record."""
+    step = pld.from_gaussian_mechanism(
+        standard_deviation=mechanism.noise_multiplier,
+        sampling_prob=mechanism.sample_rate,
+        value_discretization_interval=_interval(mechanism),
+        pessimistic_estimate=True,
+        use_connect_dots=True,
+    )
+    # A distribution of up to 1,000 points comes sparse, and composing a sparse one T times first computes the integer
+    # size**T: it hangs for T in the millions.
+    return pld.PrivacyLossDistribution(step._pmf_remove.to_dense_pmf(), step._pmf_add.to_dense_pmf())
+
+
+def _fft_slack(steps: int) -> float:
+    """Bound on the δ that floating point hides in a composition of `steps` steps.
+
+    The library composes by raising an FFT to the power T, and takes one step's δ from differences of normal
+    probabilities: both err by a few unit roundoffs a step. Against 80-bit FFTs we measured up to 2.1 of them for a few
+    steps, 0.6 in the long run, on either side; 8 are charged. That costs 0.003 % of the steps of an MNIST run.
+    """
+    return 8 * _UNIT_ROUNDOFF * steps
+
+
+@functools.lru_cache(maxsize=64)
+def _added_mass(mechanism: _Mechanism) -> float:
+    """What rounding adds to the unit mass of one step's distribution: ≥ 0, because negative noise is clipped to 0."""
+    step = _one_step(mechanism)
+    masses = (float(pmf._probs.sum()) + pmf._infinity_mass for pmf in (step._pmf_remove, step._pmf_add))
+    return max(0.0, *(mass - 1 for mass in masses))
+
+
+def _has_pld(mechanism: _Mechanism, steps: int, delta: float) -> bool:
+    """Whether rounding stays below δ and the composition fits into memory; RDP answers for the others."""
+    span = 2 * _rdp_epsilon(mechanism, steps, _TAIL_MASS)  # both tails of the composed loss, in nats
+    if 2 * _fft_slack(steps) >= delta or span > _MAX_GRID_POINTS * _interval(mechanism):
+        return False
+    # More would multiply δ by e and blow the composition up to tens of millions of points.
+    return steps * _added_mass(mechanism) <= 1
+
+
+def _composed(mechanism: _Mechanism, steps: int) -> pld.PrivacyLossDistribution:
+    with np.errstate(over="ignore", invalid="ignore"):  # added mass can overflow; the callers check for NaN
+        return _one_step(mechanism).self_compose(steps, tail_mass_truncation=_TAIL_MASS)
+
+
+def _pld_epsilon(mechanism: _Mechanism, steps: int, delta: float) -> float:
+    allowed = delta - _fft_slack(steps)
+    composed = _composed(mechanism, steps)
+    delta_at_zero = float(composed.get_delta_for_epsilon(0.0))
+    if not math.isfinite(delta_at_zero):
+        return math.inf
+    # The library's walk down the losses is only safe from overflow while ε is positive.
+    return 0.0 if delta_at_zero <= allowed else float(composed.get_epsilon_for_delta(allowed))
+
+
+def _pld_log_excess(mechanism: _Mechanism, steps: int, target_epsilon: float, delta: float) -> float:
+    """ln of δ(steps; target ε) over the allowed δ: smooth in all arguments, > 0 where the target is exceeded."""
+    spent = float(_composed(mechanism, steps).get_delta_for_epsilon(target_epsilon))
+    return math.log(max(spent, 1e-300) / (delta - _fft_slack(steps))) if math.isfinite(spent) else math.inf
+
+
+def _gaussian_epsilon(mechanism: _Mechanism, steps: int, delta: float) -> float:
+    """ε of T plain Gaussian releases = one with noise σ / √T, in closed form (Balle & Wang 2018, Thm. 8)."""
+    exact = get_epsilon_gaussian(mechanism.noise_multiplier / math.sqrt(steps), delta)
+    return float(exact * (1 + 1e-12) + 2e-12)  # the library's root is good to 1e-12 on either side
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The answers, from checked input.
+
+
+def _epsilon(accountant: Accountant, *, steps: int, delta: float, mechanism: _Mechanism) -> float:
+    if steps == 0:
+        return 0.0
+    bound = _rdp_epsilon(mechanism, steps, delta)
+    if accountant == "rdp":
+        return bound
+    if mechanism.sample_rate == 1:
+        return min(bound, _gaussian_epsilon(mechanism, steps, delta))
+    if _has_pld(mechanism, steps, delta):
+        return min(bound, _pld_epsilon(mechanism, steps, delta))
+    return bound
+
+
+def _epsilon_curve(
+    accountant: Accountant, *, steps: tuple[int, ...], delta: float, mechanism: _Mechanism
+) -> tuple[float, ...]:
+    return tuple(_epsilon(accountant, steps=each, delta=delta, mechanism=mechanism) for each in steps)
+
+
+def _excess(accountant: Accountant, *, steps: int, target_epsilon: float, delta: float, mechanism: _Mechanism) -> float:
+    """A number with the sign of ε - target, in the units in which the search converges fastest."""
+    bound = _rdp_epsilon(mechanism, steps, delta) - target_epsilon
+    if accountant == "pld" and mechanism.sample_rate < 1 and _has_pld(mechanism, steps, delta):
+        tight = _pld_log_excess(mechanism, steps, target_epsilon, delta)
+        return tight if bound > 0 else min(tight, bound)
+    return _epsilon(accountant, steps=steps, delta=delta, mechanism=mechanism) - target_epsilon
+
+
+def _max_steps(accountant: Accountant, *, target_epsilon: float, delta: float, mechanism: _Mechanism) -> int:
+    def fits(steps: int) -> bool:
+        return _epsilon(accountant, steps=steps, delta=delta, mechanism=mechanism) <= target_epsilon
+
+    steps = _rdp_max_steps(mechanism, target_epsilon, delta)
+    if accountant == "pld" and steps < MAX_STEPS:
+        steps = _pld_max_steps(mechanism, target_epsilon, delta)
+    # Both starts are right up to rounding, and the search reads δ at the target: the promise is about ε at δ.
+    while steps > 0 and not fits(steps):
+        steps -= 1
+    while steps < MAX_STEPS and fits(steps + 1):
+        steps += 1
+    return steps
+
+
+def _pld_max_steps(mechanism: _Mechanism, target_epsilon: float, delta: float) -> int:
+    def excess(steps: float) -> float:
+        return _excess("pld", steps=int(steps), target_epsilon=target_epsilon, delta=delta, mechanism=mechanism)
+
+    guess = (_gaussian_mu(target_epsilon, delta) / _step_mu(mechanism)) ** 2
+    found = _last_that_fits(excess, guess=guess, safe=1, unsafe=MAX_STEPS, snap=round, tolerance=0.0)
+    return 0 if found is None else int(found)
+
+
+def _noise_multiplier_for(
+    accountant: Accountant, *, target_epsilon: float, delta: float, sample_rate: float, steps: int
+) -> float:
+    mu = _gaussian_mu(target_epsilon, delta) / sample_rate / math.sqrt(steps)
+    found = _calibrated(
+        lambda noise_multiplier: _Mechanism(sample_rate, noise_multiplier),
+        accountant,
+        target_epsilon=target_epsilon,
+        delta=delta,
+        steps=steps,
+        guess=1 / math.sqrt(max(np.logaddexp(0.0, 2 * math.log(mu)), 1e-300)),  # μ = √(e^{1/σ²} - 1)
+        safe=MAX_NOISE_MULTIPLIER,
+        unsafe=MIN_NOISE_MULTIPLIER,
+    )
+    if found is None:
+        raise InputError(
+            f"target_epsilon={target_epsilon!r} is not reached with noise_multiplier <= {MAX_NOISE_MULTIPLIER:g};"
+            f" raise target_epsilon, or lower steps={steps} or sample_rate={sample_rate!r}"
+        )
+    return found
+
+
+def _sample_rate_for(
+    accountant: Accountant, *, target_epsilon: float, delta: float, noise_multiplier: float, steps: int
+) -> float:
+    every_record = _Mechanism(1.0, noise_multiplier)
+    found = _calibrated(
+        lambda sample_rate: _Mechanism(sample_rate, noise_multiplier),
+        accountant,
+        target_epsilon=target_epsilon,
+        delta=delta,
+        steps=steps,
+        guess=_gaussian_mu(target_epsilon, delta) / _step_mu(every_record) / math.sqrt(steps),
+        safe=MIN_SAMPLE_RATE,
+        unsafe=1.0,
+    )
+    if found is None:
+        raise InputError(
+            f"target_epsilon={target_epsilon!r} is exceeded even at sample_rate={MIN_SAMPLE_RATE:g};"
+            f" raise target_epsilon or noise_multiplier={noise_multiplier!r}, or lower steps={steps}"
+        )
+    return found
+
+
+def _calibrated(
+    mechanism: Callable[[float], _Mechanism],
+    accountant: Accountant,
+    *,
+    target_epsilon: float,
+    delta: float,
+    steps: int,
+    guess: float,
+    safe: float,
+    unsafe: float,
+) -> float | None:
+    """The parameter of `mechanism` nearest to `unsafe` at which `steps` steps fit; None where none does."""
+
+    def excess(value: float) -> float:
+        budget = {"steps": steps, "delta": delta, "target_epsilon": target_epsilon}
+        return _excess(accountant, mechanism=mechanism(value), **budget)
+
+    def spent(value: float) -> float:
+        return _epsilon(accountant, steps=steps, delta=delta, mechanism=mechanism(value))
+
+    found = _last_that_fits(excess, guess, safe=safe, unsafe=unsafe, snap=_rounded, tolerance=_CALIBRATION_TOLERANCE)
+    # The search compared δ at the target; the promise is about ε at δ, which can differ by rounding.
+    while found is not None and found != safe and spent(found) > target_epsilon:
+        found = _toward(found, safe, 1 + 1e-5, _rounded)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One search for all three questions: the last value on the way from a safe to an unsafe limit that still fits.
+
+
+def _last_that_fits(
+    excess: Callable[[float], float],
+    guess: float,
+    *,
+    safe: float,
+    unsafe: float,
+    snap: Callable[[float], float],
+    tolerance: float,
+) -> float | None:
+    """The value nearest to `unsafe` with excess(value) ≤ 0, found with few evaluations from a good `guess`.
+
+    Args:
+        excess: Changes sign once between the limits, ≤ 0 on the side of `safe`.
+        guess: Where to start; any number.
+        safe: Limit > 0 at which the excess is smallest.
+        unsafe: Limit > 0 at which it is largest.
+        snap: Rounds a value to those that may be returned.
+        tolerance: Relative distance to a value that does not fit; 0.0 asks for the neighbour.
+
+    Returns:
+        A value whose own excess was seen to be ≤ 0; None where there is none.
+    """
+    seen = functools.lru_cache(maxsize=None)(excess)
+    start = snap(min(max(guess, min(safe, unsafe)), max(safe, unsafe)))
+    fitting, failing = _bracket(seen, start, safe=safe, unsafe=unsafe, snap=snap)
+    if fitting is None or failing is None:
+        return fitting
+    return _narrowed(seen, fitting, failing, snap=snap, tolerance=tolerance)
+
+
+def _toward(value: float, limit: float, factor: float, snap: Callable[[float], float]) -> float:
+    moved = snap(value * factor if limit > value else value / factor)
+    return min(moved, limit) if limit > value else max(moved, limit)
+
+
+def _bracket(
+    excess: Callable[[float], float],
+    start: float,
+    *,
+    safe: float,
+    unsafe: float,
+    snap: Callable[[float], float],
+) -> tuple[float | None, float | None]:
+    """A value that fits and one that does not, by growing steps from `start`; None where a limit was reached first."""
+    fitting = failing = None
+    value, factor = start, 1.05
+    while True:
+        if excess(value) <= 0:
+            fitting, limit = value, unsafe
+        else:
+            failing, limit = value, safe
+        if value == limit or (fitting is not None and failing is not None):
+            return fitting, failing
+        value, factor = _toward(value, limit, factor, snap), min(factor**2, 1e3)
+
+
+def _narrowed(
+    excess: Callable[[float], float],
+    fitting: float,
+    failing: float,
+    *,
+    snap: Callable[[float], float],
+    tolerance: float,
+) -> float:
+    """Close a bracket on the logarithmic scale (TOMS 748), then by halves down to neighbours or `tolerance`."""
+    best = {True: fitting, False: failing}
+
+    def visit(log_value: float) -> float:
+        value = snap(math.exp(log_value))
+        result = excess(value)
+        side = result <= 0
+        if abs(math.log(value / best[not side])) < abs(math.log(best[side] / best[not side])):
+            best[side] = value
+        return min(max(result, -1e3), 1e3)  # a mechanism beyond accounting has infinite excess
+
+    low, high = sorted((math.log(fitting), math.log(failing)))
+    toms748(visit, low, high, xtol=max(tolerance / 2, 0.25 / max(fitting, failing)))
+    while abs(math.log(best[True] / best[False])) > tolerance:
+        middle = snap((best[True] + best[False]) / 2)
+        if middle in best.values():
+            break
+        visit(math.log(middle))
+    return best[True]
+
+
+def _gaussian_mu(target_epsilon: float, delta: float) -> float:
+    """Signal-to-noise ratio μ of the one Gaussian release that is about (ε, δ)-DP: it only guides the search."""
+    bounded = min(max(target_epsilon, 1e-6), 1e6)  # where the library's own search is quick and does not overflow
+    return 1 / float(get_sigma_gaussian(bounded, min(max(delta, 1e-100), 0.9)))
+
+
+def _step_mu(mechanism: _Mechanism) -> float:
+    """Signal-to-noise ratio of one step in the central limit: q·√(e^{1/σ²} - 1) (Bu et al. 2020)."""
+    return mechanism.sample_rate * math.sqrt(math.expm1(mechanism.noise_multiplier**-2))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.{_SIGNIFICANT_DIGITS}g}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The cache. An entry names its whole question, so that no answer can serve another one.
+
+_Value = int | float | tuple[float, ...]
+_COMPUTE: dict[str, Callable[..., _Value]] = {
+    "epsilon": _epsilon,
+    "epsilon_curve": _epsilon_curve,
+    "max_steps": _max_steps,
+    "noise_multiplier_for": _noise_multiplier_for,
+    "sample_rate_for": _sample_rate_for,
+}
+
+
+def _answer(function: str, accountant: object, **arguments: Any) -> Any:
+    known = _known(accountant)
+    return _recall(function, known, _versions(), tuple(sorted(arguments.items())))
+
+
+@functools.lru_cache(maxsize=4096)
+def _recall(function: str, accountant: Accountant, versions: tuple[str, ...], arguments: tuple) -> _Value:
+    """The answer from memory (this cache), from disk, or computed and then kept in both."""
+    question = {
+        "function": function,
+        "accountant": accountant,
+        "versions": list(versions),
+        "arguments": {name: _exact(value) for name, value in arguments},
+    }
+    stored = _read(question)
+    if stored is not None:
+        return stored
+    value = _COMPUTE[function](accountant, **dict(arguments))
+    _write(question, value)
+    return value
+
+
+def _versions() -> tuple[str, ...]:
+    """Everything whose change may change an answer; the tighter accountant uses the other one's library too."""
+    numerics = (_library_version("numpy"), _library_version("scipy"))
+    return (f"accounting {_REVISION}", accountant_version("pld"), accountant_version("rdp"), *numerics)
+
+
+@functools.cache
+def _library_version(name: str) -> str:
+    return f"{name} {importlib.metadata.version(name)}"
+
+
+def _exact(value: object) -> Any:
+    """`value` for a question: floats by their bits, so that none is rounded onto another."""
+    if isinstance(value, tuple):
+        return [_exact(each) for each in value]
+    return value.hex() if isinstance(value, float) else value
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _folder() -> Path:
+    configured = os.environ.get("XDG_CACHE_HOME", "")
+    # A relative path is invalid by the XDG specification and is to be ignored.
+    base = Path(configured) if os.path.isabs(configured) else Path.home() / ".cache"
+    return base / "dpsink" / "accounting"
+
+
+def _read(question: dict) -> _Value | None:
+    """The stored answer to exactly this question, or None: missing, unreadable, damaged, or another's."""
+    try:
+        entry = json.loads((_folder() / f"{_digest(question)}.json").read_text())
+        # The second digest covers the answer: a flipped digit must not become a budget.
+        if entry["question"] != question or entry["digest"] != _digest([question, entry["value"]]):
+            return None
+        value = entry["value"]
+        return tuple(value) if isinstance(value, list) else value
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write(question: dict, value: _Value) -> None:
+    """Store an answer, whole or not at all; a folder that cannot be written only costs time."""
+    entry = {"question": question, "value": value, "digest": _digest([question, value])}
+    try:
+        folder = _folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(entry, file)
+        os.replace(temporary, folder / f"{_digest(question)}.json")
+    except (OSError, RuntimeError):  # RuntimeError: no home directory
+        return

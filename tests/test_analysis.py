@@ -1,0 +1,355 @@
+"""Reading a study back: what may be compared, what is best, and what leaves the house."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from analysis import export
+from analysis.cli import app, main
+from analysis.export import export_run
+from analysis.runs import Runs, load_runs
+from analysis.selection import baselines, rank, select_best
+from dpsink.checkpoint import load_generator
+from dpsink.config import load_config
+from dpsink.errors import InputError
+from dpsink.privacy.plan import NON_PRIVATE
+from tests.test_tracking import EXTRACTOR, STATEMENT, TARGET, Fake, empty_database, make_study
+from tune import schema
+from tune.tracking import rebuild
+
+__all__ = ["empty_database"]  # a fixture
+
+WITHOUT_PRIVACY = ("privacy.target_epsilon=.inf", "privacy.noise_multiplier=0", "privacy.steps=100")
+BASELINES = [
+    Fake("class-mean", role="baseline", metrics={"fid": 90.0, "accuracy": 0.75, "variety": 0.01}),
+    Fake("paper", role="baseline", metrics={"fid": 30.0, "accuracy": 0.6}),
+]
+GOOD = [
+    Fake("sharp", metrics={"fid": 20.0, "accuracy": 0.7}, test={"fid": 21.0, "accuracy": 0.69}),
+    Fake("useful", metrics={"fid": 40.0, "accuracy": 0.8}, state="stopped_early", overrides=("optimizer.lr=2e-4",)),
+]
+BAD = {
+    "failed": Fake("a-failed", state="failed", error="out of memory"),
+    "diverged": Fake("b-diverged", state="diverged", metrics={"fid": 1e6, "accuracy": 0.0}),
+    "unfinished": Fake("c-unfinished", state=None),
+    NON_PRIVATE: Fake("d-free", overrides=WITHOUT_PRIVACY, epsilons=(math.inf,), metrics={"accuracy": 0.99}),
+    "above the target epsilon": Fake("e-greedy", epsilons=(5.0, TARGET + 1e-6), metrics={"accuracy": 0.99}),
+    "on other data": Fake("f-elsewhere", fingerprint="hmac:theirs", metrics={"accuracy": 0.99}),
+    "with another FID extractor": Fake("g-inception", overrides=("evaluation.extractor=inception",)),
+    "without its objective": Fake("h-blind", metrics={"accuracy": math.nan}),
+    "without epsilon": Fake("i-silent", epsilons=()),
+}
+
+
+@pytest.fixture(scope="module")
+def database(empty_database: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A database with one study of each kind; the tests only read it."""
+    place = tmp_path_factory.mktemp("analysis")
+    shutil.copyfile(empty_database[0], place / "mlflow.db")
+    uri = f"sqlite:///{place}/mlflow.db"
+    studies: dict[str, Sequence[Fake]] = {
+        "digits": [*BASELINES, *GOOD, *BAD.values()],
+        "empty": [],
+        "hopeless": [BAD["diverged"], BAD["unfinished"], Fake("d", state=None)],
+        "baselines-only": [*BASELINES, BAD["failed"]],
+        "ties": [
+            Fake(name, epsilons=(epsilon,), metrics={"fid": 7.0})
+            for name, epsilon in [("c", 4.0), ("b", 3.0), ("a", 4.0), ("z", 3.0)]
+        ],
+    }
+    for name, fakes in studies.items():
+        make_study(place / name, list(fakes), uri, name=name, study_id=f"id-{name}")
+        rebuild(place / name)
+    return uri
+
+
+@pytest.fixture
+def runs(database: str) -> Runs:
+    return load_runs("digits", database)
+
+
+def study_folder(database: str, name: str) -> Path:
+    return Path(database.removeprefix("sqlite:///")).parent / name
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_a_run_that_may_not_be_compared_is_rejected_with_its_reason(runs: Runs, reason: str) -> None:
+    rejected = {row["trial"]: row["reason"] for row in runs.rejected.to_dict("records")}
+    assert rejected[BAD[reason].name] == reason
+
+
+def test_all_others_are_accepted(runs: Runs) -> None:
+    assert list(runs.accepted["trial"]) == ["class-mean", "paper", "sharp", "useful"]
+
+
+def test_a_rejection_gives_its_detail(runs: Runs) -> None:
+    details = {row["trial"]: row["detail"] for row in runs.rejected.to_dict("records")}
+    assert details["a-failed"] == "out of memory"
+    assert details["h-blind"] == "accuracy"
+
+
+def test_params_that_are_numbers_are_read_as_numbers(runs: Runs) -> None:
+    (useful,) = [run for run in select_from(runs) if run["trial"] == "useful"]
+    assert useful["optimizer.lr"] == 2e-4
+    assert useful["optimizer.schedule"] == "constant"
+    assert math.isnan(useful["privacy.steps"])
+
+
+def test_the_study_brings_its_facts_and_statement(runs: Runs) -> None:
+    assert runs.study.target_epsilon == TARGET
+    assert runs.study.extractor == EXTRACTOR
+    assert runs.study.searched == ("optimizer.lr", "privacy.noise_multiplier")
+    assert runs.study.statement["study_epsilon"] == STATEMENT["study_epsilon"]
+
+
+def test_a_study_is_found_by_its_file(database: str, tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(f"name: ties\ntracking: {{uri: '{database}'}}\n")
+    assert load_runs(str(path)).study.study_id == "id-ties"
+
+
+def test_a_study_is_found_by_its_folder(database: str) -> None:
+    assert load_runs(str(study_folder(database, "ties"))).study.study_id == "id-ties"
+
+
+def test_the_environment_names_the_default_database(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", database)
+    assert load_runs("ties").tracking_uri == database
+
+
+def test_an_unknown_study_names_the_nearest(database: str) -> None:
+    with pytest.raises(InputError, match="did you mean 'digits'"):
+        load_runs("digit", database)
+
+
+def test_a_missing_database_is_not_created(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such database"):
+        load_runs("digits", f"sqlite:///{tmp_path}/mlflow.db")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_server_that_does_not_answer_is_told_in_one_line() -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    with pytest.raises(InputError, match="cannot be read") as caught:
+        load_runs("digits", f"http://127.0.0.1:{port}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_study_without_trials_says_so(database: str) -> None:
+    with pytest.raises(InputError, match="no trial has started"):
+        load_runs("empty", database)
+
+
+def test_a_study_whose_runs_are_all_rejected_says_why_by_count(database: str) -> None:
+    with pytest.raises(InputError, match="all 3 runs are rejected: 2 unfinished, 1 diverged"):
+        load_runs("hopeless", database)
+
+
+def test_fid_is_minimised(runs: Runs) -> None:
+    assert select_best(runs, "fid")["trial"] == "sharp"
+
+
+def test_accuracy_is_maximised(runs: Runs) -> None:
+    assert select_best(runs, "accuracy")["trial"] == "useful"
+
+
+def test_metrics_on_the_test_split_rank_only_the_runs_that_have_them(runs: Runs) -> None:
+    assert [run["trial"] for run in rank(select_from(runs), "test_accuracy")] == ["sharp"]
+
+
+def select_from(runs: Runs) -> list[dict[str, Any]]:
+    return [{str(key): value for key, value in row.items()} for row in runs.accepted.to_dict("records")]
+
+
+def test_baselines_are_ranked_apart(runs: Runs) -> None:
+    assert select_best(runs, "accuracy", role=schema.ROLE_BASELINE)["trial"] == "class-mean"
+    assert [run["trial"] for run in baselines(runs)] == ["class-mean", "paper"]
+
+
+def test_ties_go_to_less_epsilon_and_then_to_the_first_name(database: str) -> None:
+    ranked = rank(select_from(load_runs("ties", database)), "fid")
+    assert [run["trial"] for run in ranked] == ["b", "z", "a", "c"]
+
+
+def test_fid_of_different_extractors_is_never_ranked(runs: Runs) -> None:
+    mixed = [run | {"fid_extractor": f"classifier@{index}"} for index, run in enumerate(select_from(runs))]
+    with pytest.raises(InputError, match="different FID extractors"):
+        rank(mixed, "fid")
+    assert rank(mixed, "accuracy")
+
+
+def test_an_unknown_metric_names_the_nearest(runs: Runs) -> None:
+    with pytest.raises(InputError, match="did you mean 'accuracy'"):
+        select_best(runs, "acuracy")
+
+
+def test_a_study_without_searched_runs_says_so(database: str) -> None:
+    with pytest.raises(InputError, match=r"no accepted run of role search \(1 failed\)"):
+        select_best(load_runs("baselines-only", database), "fid")
+
+
+def test_an_export_is_the_generator_that_was_trained(runs: Runs, tmp_path: Path) -> None:
+    best = select_best(runs, "fid")
+    exported, _ = load_generator(export_run(runs, best, tmp_path / "out", selected_by="fid"))
+    trained, _ = load_generator(Path(best["folder"]))
+    pairs = zip(exported.state_dict().values(), trained.state_dict().values(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+
+def test_an_export_carries_its_settings_samples_metrics_and_the_statement_that_covers_the_selection(
+    runs: Runs, tmp_path: Path
+) -> None:
+    best = select_best(runs, "fid")
+    out = export_run(runs, best, tmp_path / "out", selected_by="fid")
+    card = json.loads((out / "card.json").read_text())
+    assert load_config(out / "config.yaml").model_dump() == load_generator(out)[1].config.model_dump()
+    assert Image.open(out / "samples.png").size[0] > 0
+    assert (card["study"], card["trial"], card["selected_by"]) == ("digits", "sharp", "fid")
+    assert card["metrics"]["test_accuracy"] == 0.69
+    assert card["statement"] == STATEMENT
+    assert json.loads((out / "statement.json").read_text()) == STATEMENT
+
+
+def test_an_export_has_no_optimiser(runs: Runs, tmp_path: Path) -> None:
+    out = export_run(runs, select_best(runs, "fid"), tmp_path / "out", selected_by="fid")
+    assert not list(out.glob("optimizer*"))
+
+
+def test_nothing_is_overwritten_without_force(runs: Runs, tmp_path: Path) -> None:
+    best = select_best(runs, "fid")
+    out = export_run(runs, best, tmp_path / "out", selected_by="fid")
+    (out / "mark").touch()
+    with pytest.raises(InputError, match="--force"):
+        export_run(runs, best, out, selected_by="fid")
+    assert (out / "mark").exists()
+    export_run(runs, best, out, selected_by="fid", force=True)
+    assert not (out / "mark").exists()
+
+
+def test_force_does_not_replace_what_is_no_export(runs: Runs, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(InputError, match="is no export"):
+        export_run(runs, select_best(runs, "fid"), tmp_path, selected_by="fid", force=True)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_an_export_that_fails_leaves_the_old_one(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = select_best(runs, "fid")
+    out = export_run(runs, best, tmp_path / "out", selected_by="fid")
+    before = sorted(out.iterdir())
+
+    def disk_is_full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "_card", disk_is_full)
+    with pytest.raises(InputError, match="No space left"):
+        export_run(runs, best, out, selected_by="fid", force=True)
+    assert sorted(out.iterdir()) == before
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_files_that_are_elsewhere_are_asked_for(runs: Runs, tmp_path: Path) -> None:
+    gone = select_best(runs, "fid") | {"folder": str(tmp_path / "gone")}
+    with pytest.raises(InputError, match="where the study's storage is"):
+        export_run(runs, gone, tmp_path / "out", selected_by="fid")
+
+
+def test_files_of_another_trial_are_refused(runs: Runs, tmp_path: Path) -> None:
+    swapped = select_best(runs, "fid") | {"folder": select_best(runs, "accuracy")["folder"]}
+    with pytest.raises(InputError, match="another trial"):
+        export_run(runs, swapped, tmp_path / "out", selected_by="fid")
+    assert not (tmp_path / "out").exists()
+
+
+def best(database: str, out: Path, *more: str, study: str = "digits") -> Result:
+    arguments = ["best", study, "--tracking-uri", database, "--out", str(out), *more]
+    return CliRunner().invoke(app, arguments, standalone_mode=False)
+
+
+@pytest.fixture(autouse=True)
+def wide_console(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_best_exports_both_and_a_picture(database: str, tmp_path: Path) -> None:
+    result = best(database, tmp_path / "out")
+    assert result.exception is None
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["best-accuracy", "best-fid", "comparison.png"]
+    for metric, trial in (("fid", "sharp"), ("accuracy", "useful")):
+        assert json.loads((tmp_path / "out" / f"best-{metric}" / "card.json").read_text())["trial"] == trial
+    assert Image.open(tmp_path / "out" / "comparison.png").size[0] > 500
+
+
+def test_best_prints_one_json_document(database: str, tmp_path: Path) -> None:
+    document = json.loads(best(database, tmp_path / "out", "--json").stdout)
+    assert document["accepted"] == 4
+    assert len(document["rejected"]) == len(BAD)
+    shown = {run["title"]: run for run in document["runs"]}
+    assert shown["best by FID"]["trial"] == "sharp"
+    assert shown["best by accuracy"]["optimizer.lr"] == 2e-4
+    assert shown["class-mean"]["variety"] == 0.01
+    assert shown["class-mean"]["test_fid"] is None
+    assert document["study"]["statement"]["study_epsilon"] == STATEMENT["study_epsilon"]
+
+
+def test_best_refuses_before_it_writes_anything(database: str, tmp_path: Path) -> None:
+    (tmp_path / "comparison.png").write_text("mine")
+    result = best(database, tmp_path)
+    assert isinstance(result.exception, InputError)
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison.png"]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+    """The command line in an empty directory; answers with its exit code."""
+
+    def run(*arguments: str) -> int:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["dpsink-analysis", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0)
+
+    return run
+
+
+def test_bad_input_is_one_line_and_exit_code_2(
+    database: str, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("best", "digit", "--tracking-uri", database) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.splitlines() == [f"error: study 'digit' is not in {database}; did you mean 'digits'?"]
+
+
+def test_best_prints_the_comparison_and_the_reasons(
+    database: str, command: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert command("best", "digits", "--tracking-uri", database) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    assert "4 of 13 runs accepted" in printed.out
+    assert "above the target epsilon" in printed.out
+    assert "whole study ε ≤ 31.416" in printed.out
+    assert (tmp_path / "exports" / "digits" / "best-fid").is_dir()
+
+
+def test_the_package_is_a_command() -> None:
+    asked = subprocess.run([sys.executable, "-m", "analysis", "--help"], capture_output=True, text=True)
+    assert (asked.returncode, asked.stderr) == (0, "")
+    assert "best" in asked.stdout

@@ -1,0 +1,453 @@
+"""Evaluation: closed forms, reference libraries, and the cases that must not break a trial."""
+
+import math
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+from dpsink.config import DataConfig
+from dpsink.data import LabelledImages, load_dataset, to_unit
+from dpsink.errors import InputError
+from dpsink.evaluation import (
+    WORST_DISTANCE,
+    Extractor,
+    build_extractor,
+    classifier_accuracies,
+    classifier_extractor,
+    evaluate,
+    extractors,
+    fid_floor,
+    fidelity,
+    inception_extractor,
+    variety,
+)
+from dpsink.evaluation.fidelity import fid, kid, precision_recall
+
+METRICS = {"fid", "kid", "precision", "recall", "variety", "accuracy"} | {
+    f"accuracy_{name}" for name in ("logreg", "mlp", "cnn")
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """An extractor cache of this module's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setattr(extractors, "_built", {})
+        yield folder / "dpsink" / "extractors"
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_dataset(DataConfig(name="digits", validation_size=180))
+
+
+@pytest.fixture(scope="module")
+def extractor(digits):
+    return classifier_extractor(digits.validation)
+
+
+def shuffled(data: LabelledImages) -> LabelledImages:
+    return data.take(torch.randperm(len(data), generator=torch.Generator().manual_seed(5)))
+
+
+def constant(data: LabelledImages, value: int = 0) -> LabelledImages:
+    return LabelledImages(torch.full_like(data.images, value), data.labels, data.num_classes)
+
+
+def class_means(data: LabelledImages) -> LabelledImages:
+    means = [data.images[data.labels == label].float().mean(0).round() for label in range(data.num_classes)]
+    return LabelledImages(torch.stack(means)[data.labels].to(torch.uint8), data.labels, data.num_classes)
+
+
+def noisy(data: LabelledImages, deviation: float) -> LabelledImages:
+    noise = torch.randn(data.images.shape, generator=torch.Generator().manual_seed(3)) * deviation
+    return LabelledImages((data.images + noise).clamp(0, 255).to(torch.uint8), data.labels, data.num_classes)
+
+
+def random_images(shape: tuple[int, int, int], count: int = 40) -> LabelledImages:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, *shape), dtype=torch.uint8, generator=generator)
+    return LabelledImages(images, torch.arange(count) % 4, 4)
+
+
+# Feature distances.
+
+
+def test_fid_is_the_closed_form_of_two_gaussians():
+    # Samples standardised to mean 0 and covariance I, then scaled: FID = |Δμ|² + Σ (s_a - s_b)².
+    raw = torch.randn(500, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    raw = raw - raw.mean(0)
+    white = raw @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(raw.T))).T
+    other = white * torch.tensor([2.0, 1.0, 0.5]) + torch.tensor([1.0, 0.0, 2.0])
+    assert fid(white, other) == pytest.approx(5 + 1 + 0 + 0.25)
+
+
+def test_fid_of_a_set_with_itself_is_zero(digits, extractor):
+    assert 0 <= fid_floor(digits.test, digits.test, extractor) < 1e-6
+
+
+def test_fid_is_real_and_finite_for_singular_covariances():
+    flat = torch.zeros(50, 32, dtype=torch.float64)
+    flat[:, :2] = torch.randn(50, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert fid(flat, torch.zeros(50, 32, dtype=torch.float64)) == pytest.approx(
+        (flat.mean(0).square().sum() + torch.cov(flat.T).trace()).item()
+    )
+
+
+@pytest.mark.parametrize("distance", [fid, kid])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e150])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_distance_that_is_not_finite_becomes_the_worst(distance, value):
+    features = torch.randn(20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert distance(features * value, features) == WORST_DISTANCE
+
+
+def test_kid_of_a_set_with_itself_is_about_zero(digits, extractor):
+    features = extractor.features(digits.train.images[:300]).double()
+    assert abs(kid(features, features)) < 0.01 * kid(features, torch.zeros_like(features))
+
+
+def test_kid_is_the_unbiased_mmd_of_the_cubic_kernel():
+    a, b = torch.randn(2, 30, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def kernel(x, y):
+        return (x @ y.T / 4 + 1) ** 3
+
+    def off_diagonal_mean(k):
+        return (k.sum() - k.trace()) / (30 * 29)
+
+    expected = off_diagonal_mean(kernel(a, a)) + off_diagonal_mean(kernel(b, b)) - 2 * kernel(a, b).mean()
+    assert kid(a, b) == pytest.approx(expected.item())
+
+
+def test_distances_grow_with_noise(digits, extractor):
+    scores = [fidelity(noisy(digits.train, deviation), digits.test, extractor=extractor) for deviation in (0, 60, 120)]
+    for metric in ("fid", "kid"):
+        assert scores[0][metric] < scores[1][metric] < scores[2][metric]
+
+
+def test_precision_and_recall_of_half_the_modes():
+    left = torch.randn(40, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert precision_recall(left, torch.cat([left, left + 100])) == {"precision": 1.0, "recall": 0.5}
+
+
+def test_order_of_the_images_does_not_matter(digits, extractor):
+    first = fidelity(digits.test, digits.validation, extractor=extractor)
+    second = fidelity(shuffled(digits.test), shuffled(digits.validation), extractor=extractor)
+    assert second == pytest.approx(first, rel=1e-5)
+
+
+def test_silent_on_stdout_and_stderr(digits, extractor, capfd):
+    fidelity(digits.test, digits.validation, extractor=extractor)
+    assert capfd.readouterr() == ("", "")
+
+
+# Variety.
+
+
+def test_variety_of_class_means_is_zero(digits):
+    assert variety(class_means(digits.train), digits.test) == 0
+
+
+def test_variety_of_the_reference_is_one(digits):
+    assert variety(digits.test, digits.test) == 1
+
+
+def test_variety_of_other_real_images_is_about_one(digits):
+    assert variety(digits.train, digits.test) == pytest.approx(1, abs=0.1)
+
+
+def test_variety_ignores_differences_between_classes(digits):
+    shift = (digits.test.labels * 3).to(torch.uint8)[:, None, None, None]
+    dim = LabelledImages(digits.test.images // 2, digits.test.labels, 10)
+    assert variety(LabelledImages(dim.images + shift, dim.labels, 10), dim) == pytest.approx(1)
+
+
+def test_variety_of_a_reference_without_variance_is_zero(digits):
+    assert variety(digits.test, constant(digits.test)) == 0
+
+
+# Classifiers.
+
+
+def test_real_digits_teach_every_classifier(digits):
+    scores = classifier_accuracies(digits.train, digits.test)
+    assert all(0.92 < score <= 1 for score in scores.values()), scores
+
+
+def test_accuracy_is_the_mean_of_the_three(digits, extractor):
+    scores = evaluate(digits.test, digits.validation, extractor=extractor)
+    assert scores["accuracy"] == pytest.approx(np.mean([scores[f"accuracy_{n}"] for n in ("logreg", "mlp", "cnn")]))
+
+
+def test_accuracy_is_absent_unless_all_three_were_run(digits, extractor):
+    scores = evaluate(digits.test, digits.validation, extractor=extractor, classifiers=("mlp",))
+    assert set(scores) == METRICS - {"accuracy", "accuracy_logreg", "accuracy_cnn"}
+
+
+def test_logistic_regression_agrees_with_scikit_learn(digits):
+    pixels = [to_unit(part.images).flatten(1).numpy() for part in (digits.train, digits.test)]
+    oracle = LogisticRegression(max_iter=1000).fit(pixels[0], digits.train.labels.numpy())
+    expected = oracle.score(pixels[1], digits.test.labels.numpy())
+    ours = classifier_accuracies(digits.train, digits.test, classifiers=("logreg",))["accuracy_logreg"]
+    assert ours == pytest.approx(expected, abs=0.03)
+
+
+def test_classifiers_learn_the_labels_that_they_are_given(digits):
+    wrong = LabelledImages(digits.train.images, (digits.train.labels + 1) % 10, 10)
+    scores = classifier_accuracies(wrong, digits.test, classifiers=("logreg", "mlp"))
+    assert max(scores.values()) < 0.05
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 12, 20), (1, 28, 28), (3, 64, 64)])
+def test_every_image_size_is_evaluated(shape):
+    data = random_images(shape)
+    scores = evaluate(data, data, extractor=classifier_extractor(data))
+    assert set(scores) == METRICS
+
+
+def test_evaluation_is_a_function_of_the_seed(digits, extractor):
+    small = digits.train.take(torch.arange(200))
+    first, again, other = (evaluate(small, digits.validation, extractor=extractor, seed=seed) for seed in (0, 0, 1))
+    assert first == again
+    assert first != other
+
+
+def test_global_state_is_left_alone(digits):
+    def state():
+        return torch.random.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype()
+
+    before, small = state(), digits.train.take(torch.arange(100))
+    evaluate(small, digits.test, extractor=classifier_extractor(small))
+    assert state() == before
+
+
+def test_evaluates_under_no_grad(digits, extractor):
+    with torch.no_grad():
+        scores = evaluate(digits.test, digits.validation, extractor=extractor, classifiers=("logreg",))
+    assert scores["accuracy_logreg"] > 0.7
+
+
+# Generators that went wrong.
+
+
+@pytest.mark.parametrize("value", [0, 127, 255])
+def test_a_constant_generator_gets_finite_numbers(digits, extractor, value):
+    scores = evaluate(constant(digits.test, value), digits.validation, extractor=extractor)
+    assert set(scores) == METRICS and all(map(math.isfinite, scores.values()))
+    assert scores["accuracy"] < 0.2 and scores["precision"] == scores["recall"] == scores["variety"] == 0
+
+
+def test_a_missing_class_gets_finite_numbers_and_is_never_predicted(digits, extractor):
+    without = digits.train.take(digits.train.labels != 3)
+    scores = evaluate(without, digits.test, extractor=extractor)
+    assert all(map(math.isfinite, scores.values()))
+    assert 0.8 < scores["accuracy"] < 0.93 and scores["variety"] < variety(digits.train, digits.test)
+
+
+def test_one_class_only_gets_finite_numbers(digits, extractor):
+    scores = evaluate(digits.train.take(digits.train.labels == 3), digits.test, extractor=extractor)
+    assert all(map(math.isfinite, scores.values()))
+    assert scores["accuracy"] == pytest.approx((digits.test.labels == 3).double().mean().item(), abs=0.01)
+
+
+def test_a_collapsed_generator_has_neither_variety_nor_recall(digits, extractor):
+    scores = evaluate(class_means(digits.train), digits.test, extractor=extractor, classifiers=("logreg",))
+    assert scores["variety"] == scores["recall"] == 0
+    assert scores["accuracy_logreg"] > 0.7, "accuracy alone does not show the collapse"
+
+
+def test_equal_samples_have_no_extent_far_from_the_origin():
+    # Every real image is 0.03 away from the one generated image, at norm 800: float32 cannot tell them apart.
+    black = constant(random_images((1, 8, 8)))
+    far = Extractor("far", "far", lambda images: 100 + images.flatten(1) / 255)
+    assert fidelity(black, constant(black, 1), extractor=far)["recall"] == 0
+
+
+@pytest.mark.parametrize(
+    ("synthetic", "named"),
+    [
+        (random_images((1, 8, 8), 9), "9 images"),
+        (random_images((3, 8, 8)), "(3, 8, 8)"),
+        (
+            LabelledImages(torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.zeros(20, dtype=torch.int64), 2),
+            "2 classes",
+        ),
+    ],
+)
+def test_sets_that_cannot_be_compared_are_refused(synthetic, named):
+    reference = random_images((1, 8, 8))
+    with pytest.raises(InputError) as error:
+        evaluate(synthetic, reference, extractor=Extractor("classifier", "classifier@40", lambda x: x.flatten(1)))
+    assert named in str(error.value)
+
+
+def test_an_unknown_classifier_is_refused(digits, extractor):
+    with pytest.raises(InputError, match="'svm'"):
+        evaluate(digits.test, digits.validation, extractor=extractor, classifiers=("svm",))
+
+
+# Extractors.
+
+
+def test_classifier_features_are_narrow_and_tagged(digits, extractor):
+    features = extractor.features(digits.test.images)
+    assert (extractor.name, extractor.tag) == ("classifier", "classifier@180")
+    assert features.shape == (180, 32) and features.dtype == torch.float32
+
+
+def test_features_do_not_depend_on_order_or_batch(digits, extractor):
+    images = digits.train.images[:150]
+    one_by_one = torch.cat([extractor.features(image) for image in images.flip(0).split(1)]).flip(0)
+    torch.testing.assert_close(one_by_one, extractor.features(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_extractor_does_not_depend_on_the_number_of_threads(digits, monkeypatch, tmp_path):
+    threads, trained = torch.get_num_threads(), []
+    for count in (1, 2):
+        monkeypatch.setattr(extractors, "_built", {})
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / str(count)))
+        torch.set_num_threads(count)
+        try:
+            trained.append(classifier_extractor(digits.validation))
+        finally:
+            torch.set_num_threads(threads)
+    first, second = (extractor.features(digits.test.images) for extractor in trained)
+    torch.testing.assert_close(first, second, rtol=0, atol=3e-7)  # trained in float32: 1e-6
+
+
+def test_the_extractor_is_built_once_per_process(digits, extractor):
+    assert build_extractor("classifier", digits.validation) is extractor
+
+
+def test_other_data_or_another_seed_gives_another_extractor(digits, extractor):
+    fewer = digits.validation.take(torch.arange(60))
+    assert classifier_extractor(fewer).tag == "classifier@60"
+    assert classifier_extractor(fewer, seed=1) is not classifier_extractor(fewer)
+
+
+def rebuilt(data: LabelledImages, monkeypatch) -> tuple[Extractor, int]:
+    """The extractor of a new process, and how often it was trained."""
+    trainings = []
+
+    def fit(*arguments, **keywords):
+        trainings.append(1)
+        return original(*arguments, **keywords)
+
+    original = extractors.fit
+    with monkeypatch.context() as patch:
+        patch.setattr(extractors, "_built", {})
+        patch.setattr(extractors, "fit", fit)
+        return classifier_extractor(data), len(trainings)
+
+
+def test_a_cached_extractor_is_read_and_not_trained_again(digits, extractor, monkeypatch):
+    again, trainings = rebuilt(digits.validation, monkeypatch)
+    assert trainings == 0
+    assert torch.equal(again.features(digits.test.images), extractor.features(digits.test.images))
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-9], lambda b: b[:-1] + bytes([b[-1] ^ 64])])
+def test_a_damaged_cache_entry_is_rebuilt(digits, cache, monkeypatch, damage):
+    data = digits.validation.take(torch.arange(50))
+    first, _ = rebuilt(data, monkeypatch)
+    entry = max(cache.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    whole = entry.read_bytes()
+    entry.write_bytes(damage(whole))
+    again, trainings = rebuilt(data, monkeypatch)
+    assert trainings == 1 and entry.read_bytes() == whole
+    assert torch.equal(again.features(data.images), first.features(data.images))
+
+
+def test_the_cache_holds_whole_entries_only(cache, extractor):
+    assert {path.suffix for path in cache.iterdir()} == {".safetensors"}
+
+
+def test_an_unwritable_cache_does_not_stop_a_trial(digits, monkeypatch, tmp_path, caplog):
+    (tmp_path / "dpsink").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    _, trainings = rebuilt(digits.validation.take(torch.arange(40)), monkeypatch)
+    assert trainings == 1 and "not cached" in caplog.text
+
+
+def test_an_unknown_extractor_is_refused(digits):
+    with pytest.raises(InputError, match="'vgg'"):
+        build_extractor("vgg", digits.validation)
+
+
+def test_missing_inception_weights_are_refused_by_path(tmp_path):
+    with pytest.raises(InputError, match=str(tmp_path / "nowhere.pth")):
+        inception_extractor(tmp_path / "nowhere.pth")
+
+
+def test_inception_weights_are_looked_for_in_the_cache(digits, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(InputError, match=f"{tmp_path}.*6726825d.pth"):
+        build_extractor("inception", digits.validation)
+
+
+class Payload:
+    """Unpickles by making a folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_weights_file_that_carries_code_is_refused_unrun(tmp_path):
+    (tmp_path / "w.pth").write_bytes(pickle.dumps(Payload(tmp_path / "ran"), protocol=2))
+    with pytest.raises(InputError, match=r"w\.pth"):
+        inception_extractor(tmp_path / "w.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [{"fc.bias": torch.zeros(1008)}, [1, 2], {}])
+def test_other_weights_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(InputError, match="not torch-fidelity's") as error:
+        inception_extractor(tmp_path / "w.pth")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x03\x04 cut"])
+def test_a_damaged_weights_file_is_refused(tmp_path, content):
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(InputError, match="not torch-fidelity's"):
+        inception_extractor(tmp_path / "w.pth")
+
+
+@pytest.mark.slow
+def test_inception_weights_are_read_from_their_file(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, torch.random.fork_rng():
+        patch.setattr(torch, "load", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        torch.manual_seed(0)
+        untrained = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path="any")
+    torch.save(untrained.state_dict(), tmp_path / "w.pth")
+    grey = random_images((1, 28, 28), 3).images
+    inception = inception_extractor(tmp_path / "w.pth")
+    assert (inception.name, inception.features(grey).shape) == ("inception", (3, 2048))
+    assert torch.allclose(inception.features(grey), untrained(grey.expand(-1, 3, -1, -1))[0], atol=1e-5)
+
+
+# MNIST.
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("DPSINK_DATA_ROOT" not in os.environ, reason="DPSINK_DATA_ROOT is unset: no MNIST files")
+def test_ten_thousand_real_mnist_images_teach_every_classifier():
+    data = load_dataset(DataConfig(name="mnist", validation_size=0))
+    scores = classifier_accuracies(data.train.take(torch.arange(10_000)), data.test)
+    assert 0.89 < scores["accuracy_logreg"] < scores["accuracy_mlp"] < scores["accuracy_cnn"] < 0.995
+    assert scores["accuracy_mlp"] > 0.935 and scores["accuracy_cnn"] > 0.975

@@ -1,0 +1,272 @@
+"""The training loop: what it yields, what it charges, how it resumes."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpsink.checkpoint import latest_checkpoint, load_generator, read_state
+from dpsink.config import TrialConfig, load_config
+from dpsink.data import ImageData
+from dpsink.engine import initial_state, learning_rate, step
+from dpsink.errors import InputError
+from dpsink.privacy.budget import charged_steps
+from dpsink.privacy.plan import PrivacyPlan, derive_plan
+from dpsink.training import Report, read_result, train
+from tests.conftest import ReplayedEntropy
+
+SMALL = [
+    "generator.hidden_dim=4", "sinkhorn.gen_batch_size=10", "sinkhorn.cost=l2", "privacy.noise_multiplier=3",
+    "privacy.delta=5e-5", "privacy.step_limit=6", "evaluation.points=2", "evaluation.samples=40",
+    "evaluation.classifiers=[logreg]",
+]  # fmt: skip
+
+
+def small(*overrides: str) -> TrialConfig:
+    return load_config(None, [*SMALL, *overrides])
+
+
+def run(config: TrialConfig, data: ImageData, folder: Path, **more) -> list[Report]:
+    return list(train(config, data, folder, **more))
+
+
+def after(count: int) -> Callable[[], bool]:
+    """A stop signal that comes when it has been asked `count` times."""
+    asked = iter(range(10**9))
+    return lambda: next(asked) >= count
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_generator(folder)[0].state_dict()
+
+
+@pytest.mark.parametrize("mechanism", ["record", "batch"])
+def test_reports_come_at_the_boundaries_and_end_completed(mechanism: str, digits: ImageData, tmp_path: Path) -> None:
+    reports = run(small(f"privacy.mechanism={mechanism}", "privacy.batch_size=100"), digits, tmp_path / "run")
+    assert [(report.step, report.status) for report in reports] == [(3, "running"), (6, "completed")]
+
+
+def test_reported_epsilon_is_that_of_the_charged_steps(digits: ImageData, tmp_path: Path) -> None:
+    config = small()
+    reports = run(config, digits, tmp_path / "run")
+    plan = derive_plan(config, len(digits.train))
+    assert [report.epsilon for report in reports] == [plan.epsilon(3), plan.epsilon(6)]
+
+
+def test_capped_trial_reports_what_it_spent_and_not_its_target(digits: ImageData, tmp_path: Path) -> None:
+    last = run(small(), digits, tmp_path / "run")[-1]
+    assert last.epsilon < 2
+    assert last.budget_fraction == 1.0
+
+
+def test_every_step_is_in_the_ledger(digits: ImageData, tmp_path: Path) -> None:
+    run(small(), digits, tmp_path / "run")
+    assert charged_steps(tmp_path / "run" / "ledger") == 6
+
+
+def test_noise_is_drawn_only_after_its_reservation(digits: ImageData, tmp_path: Path) -> None:
+    """The ledger already holds step k when the entropy of step k is asked for."""
+    folder, seen = tmp_path / "run", []
+
+    class Watching(ReplayedEntropy):
+        def random_bytes(self, count: int) -> bytes:
+            if count == 4 * len(digits.train):  # the membership draw opens a step
+                seen.append(charged_steps(folder / "ledger"))
+            return super().random_bytes(count)
+
+    run(small(), digits, folder, entropy=Watching(0))
+    assert len(seen) == 6
+    assert all(charged >= index + 1 for index, charged in enumerate(seen))
+
+
+def test_stopped_trial_resumes_to_the_weights_of_an_unbroken_one(digits: ImageData, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    entropy = ReplayedEntropy(0)
+    run(small(), digits, whole, entropy=ReplayedEntropy(0))
+    assert run(small(), digits, broken, entropy=entropy, should_stop=after(2)) == []
+    run(small(), digits, broken, entropy=entropy)
+    for name, tensor in weights(whole).items():
+        torch.testing.assert_close(weights(broken)[name], tensor, rtol=0, atol=0)
+
+
+def test_clean_stop_charges_only_the_steps_that_ran(digits: ImageData, tmp_path: Path) -> None:
+    config = small("privacy.step_limit=400")
+    run(config, digits, tmp_path / "run", should_stop=after(150))
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    assert charged_steps(tmp_path / "run" / "ledger") == read_state(checkpoint).step
+
+
+def test_crash_replays_are_charged_again(digits: ImageData, tmp_path: Path) -> None:
+    """Steps after the last checkpoint are lost, run again with fresh noise, and paid for twice."""
+
+    class Crash(ReplayedEntropy):
+        calls = 0
+
+        def random_bytes(self, count: int) -> bytes:
+            self.calls += count == 4 * len(digits.train)
+            if self.calls == 6:
+                raise OSError("the machine died")
+            return super().random_bytes(count)
+
+    config, folder = small("privacy.step_limit=8", "evaluation.points=2"), tmp_path / "run"
+    with pytest.raises(OSError, match="died"):
+        run(config, digits, folder, entropy=Crash(0))
+    last = run(config, digits, folder)[-1]
+    # Six of eight steps were reserved and the checkpoint is at four: two are replayed, and not to be had twice.
+    assert (last.charged, last.step) == (8, 6)
+
+
+def test_charges_never_exceed_the_budget_however_often_it_crashes(digits: ImageData, tmp_path: Path) -> None:
+    class Crash(ReplayedEntropy):
+        def random_bytes(self, count: int) -> bytes:
+            raise OSError("the machine died")
+
+    config, folder = small(), tmp_path / "run"
+    for _ in range(6):
+        with pytest.raises(OSError, match="died"):
+            run(config, digits, folder, entropy=Crash(0))
+    (report,) = run(config, digits, folder)
+    assert (report.step, report.charged, report.status) == (0, 6, "completed")
+
+
+def test_completed_trial_is_not_trained_again(digits: ImageData, tmp_path: Path) -> None:
+    run(small(), digits, tmp_path / "run")
+    before = weights(tmp_path / "run")
+    assert run(small(), digits, tmp_path / "run") == []
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(tmp_path / "run").items())
+    assert charged_steps(tmp_path / "run" / "ledger") == 6
+
+
+def test_folder_of_another_trial_is_refused(digits: ImageData, tmp_path: Path) -> None:
+    run(small(), digits, tmp_path / "run")
+    with pytest.raises(InputError, match="another trial"):
+        run(small("optimizer.lr=2e-3"), digits, tmp_path / "run")
+
+
+def test_edited_config_does_not_open_the_ledger(digits: ImageData, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    run(small(), digits, folder, should_stop=after(1))
+    changed = small("privacy.noise_multiplier=1")
+    (folder / "config.yaml").unlink()
+    with pytest.raises(InputError, match="noise_multiplier"):
+        run(changed, digits, folder)
+
+
+def test_vanished_ledger_is_refused(digits: ImageData, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "run"
+    run(small(), digits, folder, should_stop=after(2))
+    shutil.rmtree(folder / "ledger")
+    with pytest.raises(InputError, match="ledger"):
+        run(small(), digits, folder)
+
+
+def test_unwritable_folder_is_told(digits: ImageData, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        run(small(), digits, tmp_path / "file" / "run")
+
+
+def test_diverged_trial_reports_finite_worst_values(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def explode(state, *_) -> None:
+        next(state.generator.parameters()).data.fill_(math.nan)
+        state.step += 1
+
+    monkeypatch.setattr("dpsink.training.step", explode)
+    (report,) = run(small(), digits, tmp_path / "run")
+    assert report.status == "diverged"
+    assert (report.metrics["accuracy"], report.metrics["fid"]) == (0.0, 1e6)
+
+
+def test_non_private_trial_says_so(digits: ImageData, tmp_path: Path) -> None:
+    from dpsink.judging import privacy_card, privacy_line
+
+    overrides = [text for text in SMALL if "noise_multiplier" not in text and "step_limit" not in text]
+    config = load_config(None, [*overrides, "privacy.target_epsilon=.inf", "privacy.steps=4"])
+    assert math.isinf(run(config, digits, tmp_path / "run")[-1].epsilon)
+    _, description = load_generator(tmp_path / "run")
+    card = privacy_card(tmp_path / "run", description)
+    assert "NON-PRIVATE" in privacy_line(card)
+    assert "NON-PRIVATE" in json.dumps(card)
+
+
+def test_control_is_one_charged_release(digits: ImageData, tmp_path: Path) -> None:
+    config = load_config(
+        None,
+        ["generator.kind=class_mean", "privacy.noise_multiplier=null", "privacy.delta=5e-5", "privacy.clip_norm=4",
+         "evaluation.samples=200"],
+    )  # fmt: skip
+    (report,) = run(config, digits, tmp_path / "run")
+    assert (report.step, report.charged) == (1, 1)
+    assert 9.9 < report.epsilon <= 10
+    assert report.metrics["accuracy_logreg"] > 0.8
+
+
+def test_checkpoint_holds_no_statistic_of_the_private_batch(digits: ImageData, tmp_path: Path) -> None:
+    """The list of what a checkpoint tells; anything new must be argued for here."""
+    run(small(), digits, tmp_path / "run")
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    assert checkpoint is not None
+    told = json.loads((checkpoint / "state.json").read_text())
+    assert set(told) == {
+        "format", "config", "plan", "image_shape", "num_classes", "data_fingerprint", "step", "seconds",
+        "witness", "reports",
+    }  # fmt: skip
+    assert set(told["reports"][0]) == {
+        "step", "charged", "epsilon", "budget_fraction", "steps_per_second", "status", "metrics"
+    }  # fmt: skip
+
+
+def test_cosine_schedule_runs_from_the_rate_to_zero() -> None:
+    config = small("optimizer.schedule=cosine", "optimizer.lr=1e-3")
+    assert learning_rate(config, 0, 100) == 1e-3
+    assert learning_rate(config, 50, 100) == pytest.approx(5e-4)
+    assert learning_rate(config, 100, 100) == pytest.approx(0, abs=1e-12)
+
+
+def test_generated_batch_never_has_the_size_of_the_real_one(digits: ImageData) -> None:
+    """n is public: whatever the Poisson batch, the step generates n + r images."""
+    config = small("sinkhorn.debias_ratio=0.25")
+    state = initial_state(config, digits.train)
+    sizes: list[int] = []
+    state.generator.register_forward_hook(lambda _m, _i, output: sizes.append(output.shape[0]))
+    for rate in (0.0, 0.5, 1.0):
+        plan = PrivacyPlan("record", 1437, rate, 3.0, 5.0, 10, 10.0, 5e-5)
+        plan = plan if rate else PrivacyPlan("record", 1437, 1e-9, 3.0, 5.0, 10, 10.0, 5e-5)
+        step(state, digits.train, config, plan, ReplayedEntropy(0))
+    assert sizes == [12, 12, 12]
+
+
+def test_result_is_read_back(digits: ImageData, tmp_path: Path) -> None:
+    reports = run(small(), digits, tmp_path / "run")
+    assert read_result(tmp_path / "run") == reports[-1]
+
+
+def test_batch_larger_than_the_data_is_refused(digits: ImageData) -> None:
+    with pytest.raises(InputError, match=r"batch_size=2000.*1437"):
+        derive_plan(small("privacy.batch_size=2000"), len(digits.train))
+
+
+def test_delta_of_one_over_n_is_refused(digits: ImageData) -> None:
+    with pytest.raises(InputError, match=r"delta=0\.001.*1/N"):
+        derive_plan(small("privacy.delta=1e-3"), len(digits.train))
+
+
+def test_target_without_a_step_names_the_smallest_sigma(digits: ImageData) -> None:
+    config = small("privacy.target_epsilon=0.1", "privacy.noise_multiplier=0.5")
+    with pytest.raises(InputError, match=r"choose at least \d"):
+        derive_plan(config, len(digits.train))
+
+
+def test_noise_is_calibrated_to_given_steps(digits: ImageData) -> None:
+    overrides = [text for text in SMALL if "noise_multiplier" not in text and "step_limit" not in text]
+    plan = derive_plan(load_config(None, [*overrides, "privacy.steps=300"]), len(digits.train))
+    assert plan.steps == 300
+    assert 9.9 < plan.epsilon(300) <= 10

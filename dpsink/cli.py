@@ -1,7 +1,7 @@
-"""`dpsink train · evaluate · sample · budget`: one trial, from a shell."""
+"""`dpsink train · evaluate · sample · budget · audit`: one trial, from a shell."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -147,6 +147,33 @@ def budget(
         console.out.print(f"picture: {plot}", markup=False)
 
 
+@app.command()
+def audit(
+    mechanism: Annotated[Literal["record", "batch"], typer.Option(help="what to attack")] = "record",
+    one_run: Annotated[bool, typer.Option("--one-run", help="attack a whole training run, not one step")] = False,
+    noise_multiplier: Annotated[
+        float | None, typer.Option(help="σ that is claimed; default 1.1, with --one-run 6")
+    ] = None,
+    delta: Annotated[float, typer.Option(help="of the (epsilon, delta) guarantee")] = 1e-5,
+    threads: Threads = 1,
+    as_json: Json = False,
+) -> None:
+    """Attack a mechanism and hold the epsilon that is measured against the claimed one; exit code 1 if it is above."""
+    from dpsink.privacy import audit as audits
+    from dpsink.training import use_threads
+
+    use_threads(threads)
+    usual = audits.TRIAL_NOISE_MULTIPLIER if one_run else audits.STEP_NOISE_MULTIPLIER
+    sigma = usual if noise_multiplier is None else noise_multiplier
+    if one_run:
+        found = audits.audit_trial(mechanism, noise_multiplier=sigma, delta=delta)
+    else:
+        found = audits.audit_step(audits.audit_mechanism(mechanism), noise_multiplier=sigma, delta=delta)
+    _show_audit(found, audits.LIMITS, as_json)
+    if found.violated:
+        raise typer.Exit(console.FAILED)
+
+
 def default_folder(config: Path | None, trial: TrialConfig) -> Path:
     """runs/NAME-HASH: the same settings always name the same folder, so the same command resumes."""
     return Path("runs") / f"{config.stem if config else trial.data.name}-{config_sha256(trial)[:8]}"
@@ -197,13 +224,26 @@ def _show_result(folder: Path, report: Any, as_json: bool) -> None:
 def _budget_row(sigma: float, sample_rate: float, delta: float, target_epsilon: float) -> dict[str, Any]:
     from dpsink.privacy.accounting import epsilon, max_steps
 
-    terms = {"sample_rate": sample_rate, "noise_multiplier": sigma, "delta": delta}
+    terms: dict[str, Any] = {"sample_rate": sample_rate, "noise_multiplier": sigma, "delta": delta}
     steps = {
         "pld": max_steps(target_epsilon=target_epsilon, **terms, accountant="pld"),
         "rdp": max_steps(target_epsilon=target_epsilon, **terms, accountant="rdp"),
     }
     spent = epsilon(steps=steps["rdp"], **terms)
     return {**terms, "target_epsilon": target_epsilon, "max_steps": steps, "pld_epsilon_of_rdp_steps": spent}
+
+
+def _show_audit(found: Any, limits: str, as_json: bool) -> None:
+    facts = vars(found)
+    if as_json:
+        console.print_json({**facts, "violated": found.violated, "verdict": found.verdict, "limits": limits})
+        return
+    rows = console.table("audit", "")
+    for name, value in facts.items():
+        if value is not None:
+            rows.add_row(name, console.metric_text(value) if isinstance(value, float) else str(value))
+    console.out.print(rows)
+    console.out.print(f"{found.verdict}\n{limits}", markup=False)
 
 
 def _rate_of(data: str | None, batch_size: int | None, validation_size: int | None, delta: float) -> float:

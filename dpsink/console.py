@@ -17,7 +17,7 @@ from rich.table import Table
 from dpsink.errors import InputError
 
 # Typer carries its own copy of click; this is that copy's base of everything a mistyped command raises.
-_UsageError = typer.BadParameter.__bases__[0]
+_UsageError: Any = typer.BadParameter.__bases__[0]
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -39,14 +39,19 @@ def run(app: typer.Typer) -> None:
         sys.exit(app(standalone_mode=False) or 0)
     except InputError as error:
         fail(str(error), BAD_INPUT)
-    except _UsageError as error:
-        message = error.format_message()
-        if "\n" in message:  # called bare: the help text
-            err.print(message, markup=False)
-            sys.exit(BAD_INPUT)
-        fail(f"{message} See --help.", BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         fail("interrupted", INTERRUPTED)
+    except Exception as error:
+        if not isinstance(error, _UsageError):
+            raise
+        _explain_usage(error.format_message())
+
+
+def _explain_usage(message: str) -> None:
+    if "\n" in message:  # called bare: the message is the help text
+        err.print(message, markup=False)
+        sys.exit(BAD_INPUT)
+    fail(f"{message} See --help.", BAD_INPUT)
 
 
 def fail(message: str, code: int) -> None:

@@ -121,8 +121,8 @@ def fingerprint(images: LabelledImages) -> str:
     """
     digest = hmac.new(_owner_key(), digestmod=hashlib.sha256)
     digest.update(repr((tuple(images.images.shape), images.num_classes)).encode())
-    digest.update(np.ascontiguousarray(images.images.numpy()))
-    digest.update(np.ascontiguousarray(images.labels.numpy()))
+    for tensor in (images.images, images.labels):
+        digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -161,10 +161,10 @@ def _stratified_split(labels: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
 def _load_digits(_root: Path, _download: bool) -> tuple[LabelledImages, LabelledImages]:
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
+    grey, target = load_digits(return_X_y=True)
     # Grey levels run from 0 to 16.
-    pixels = torch.from_numpy(np.round(bunch["images"] * (255 / 16)).astype(np.uint8)).unsqueeze(1)
-    everything = LabelledImages(pixels, torch.from_numpy(bunch["target"].astype(np.int64)), 10)
+    pixels = torch.from_numpy(np.round(grey * (255 / 16)).astype(np.uint8)).reshape(-1, 1, 8, 8)
+    everything = LabelledImages(pixels, torch.from_numpy(target.astype(np.int64)), 10)
     kept, test = _stratified_split(everything.labels, DIGITS_TEST_SIZE)
     return everything.take(kept), everything.take(test)
 

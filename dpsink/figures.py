@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from dpsink.errors import InputError
-from dpsink.privacy.accounting import epsilon_curve
+from dpsink.privacy.accounting import Accountant, epsilon_curve
 
 POINTS = 24  # per curve
-STYLES = (("pld", "-"), ("rdp", "--"))
+STYLES: tuple[tuple[Accountant, str], ...] = (("pld", "-"), ("rdp", "--"))
 
 
 def save_epsilon_figure(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -30,7 +30,7 @@ from dpsink.data import ImageData
 from dpsink.engine import TrialState, initial_state, step
 from dpsink.entropy import Entropy, OsEntropy
 from dpsink.errors import InputError
-from dpsink.evaluation import WORST_DISTANCE, build_extractor, evaluate
+from dpsink.evaluation import CLASSIFIERS, WORST_DISTANCE, build_extractor, evaluate
 from dpsink.privacy.budget import TrialBudget
 from dpsink.privacy.plan import PrivacyPlan, delta_warning, derive_plan
 from dpsink.synthesis import balanced_labels, generate, sample_grid
@@ -235,7 +235,8 @@ class TrialRun:
 def worst_metrics(classifiers: tuple[str, ...]) -> dict[str, float]:
     """The finite values that a diverged trial reports, so that a searcher can learn from it."""
     metrics = {"fid": WORST_DISTANCE, "kid": WORST_DISTANCE, "precision": 0.0, "recall": 0.0, "variety": 0.0}
-    return metrics | {f"accuracy_{name}": 0.0 for name in classifiers} | {"accuracy": 0.0}
+    accuracies = {f"accuracy_{name}": 0.0 for name in classifiers}
+    return metrics | accuracies | ({"accuracy": 0.0} if set(classifiers) == set(CLASSIFIERS) else {})
 
 
 def read_result(folder: Path) -> Report | None:

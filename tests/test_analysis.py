@@ -71,8 +71,7 @@ def database(empty_database: tuple[Path, str], tmp_path_factory: pytest.TempPath
         ],
     }
     for name, fakes in studies.items():
-        make_study(place / name, list(fakes), uri, name=name, study_id=f"id-{name}")
-        rebuild(place / name)
+        rebuild(make_study(place / name, list(fakes), uri, name=name, study_id=f"id-{name}"))
     return uri
 
 

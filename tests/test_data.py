@@ -23,7 +23,7 @@ def test_digits_splits_are_disjoint_and_complete() -> None:
     data = load_dataset(DataConfig())
     assert data.validation is not None
     parts = torch.cat([part.images for part in (data.train, data.validation, data.test)])
-    everything = np.round(load_digits()["images"] * (255 / 16)).astype(np.uint8)
+    everything = np.round(load_digits(return_X_y=True)[0] * (255 / 16)).astype(np.uint8)
     assert sorted(map(bytes, parts.numpy())) == sorted(map(bytes, everything))
 
 

@@ -216,7 +216,7 @@ def test_membership_is_independent_between_records() -> None:
     joined = np.zeros((400, 100))
     for row in joined:
         row[poisson_batch(OsEntropy(), 100, 0.3).numpy()] = 1
-    correlation = np.corrcoef(joined.T)[np.triu_indices(100, 1)]
+    correlation = np.asarray(np.corrcoef(joined.T))[np.triu_indices(100, 1)]
     assert abs(correlation.mean()) < 6 / math.sqrt(400 * len(correlation))
 
 

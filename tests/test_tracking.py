@@ -180,21 +180,21 @@ def everything(study: StudyFolder) -> Any:
 
 def test_mirroring_twice_changes_nothing(study: StudyFolder) -> None:
     write_trial(study, Fake("two", state=None))
-    rebuild(study.path)
+    rebuild(study)
     before = everything(study)
-    rebuild(study.path)
+    rebuild(study)
     assert everything(study) == before
 
 
 def test_params_are_the_flat_config_and_what_was_derived(study: StudyFolder) -> None:
-    rebuild(study.path)
+    rebuild(study)
     derived = {schema.DERIVED_STEPS: 100, schema.DERIVED_SAMPLE_RATE: 0.1, schema.DERIVED_NOISE: 3.0}
     expected = flatten(study.read_trial("one").config) | derived
     assert only_run(study).data.params == {name: str(value) for name, value in expected.items()}
 
 
 def test_every_report_becomes_one_point_of_each_metric(study: StudyFolder) -> None:
-    rebuild(study.path)
+    rebuild(study)
     client, run = connect(study.read_study().tracking_uri), only_run(study)
     for metric in (schema.EPSILON, schema.BUDGET_FRACTION, schema.SPEED, "fid", "accuracy_cnn"):
         history = client.get_metric_history(run.info.run_id, metric)
@@ -204,13 +204,13 @@ def test_every_report_becomes_one_point_of_each_metric(study: StudyFolder) -> No
 
 def test_metrics_on_the_test_split_carry_their_prefix(study: StudyFolder) -> None:
     study.write_test("one", {"fid": 12.0, "accuracy": 0.8})
-    rebuild(study.path)
+    rebuild(study)
     metrics = only_run(study).data.metrics
     assert (metrics["test_fid"], metrics["test_accuracy"]) == (12.0, 0.8)
 
 
 def test_tags_identify_the_trial(study: StudyFolder) -> None:
-    rebuild(study.path)
+    rebuild(study)
     tags, parent = only_run(study).data.tags, only_run(study, schema.KIND_STUDY)
     assert tags[schema.PARENT_TAG] == parent.info.run_id
     assert tags[schema.TRIAL_ID_TAG] == "one"
@@ -224,7 +224,7 @@ def test_tags_identify_the_trial(study: StudyFolder) -> None:
 
 def test_the_fingerprint_is_that_of_the_data_which_was_trained_on(study: StudyFolder) -> None:
     write_trial(study, Fake("one", fingerprint="hmac:theirs"))
-    rebuild(study.path)
+    rebuild(study)
     assert only_run(study).data.tags[schema.FINGERPRINT_TAG] == "hmac:theirs"
 
 
@@ -233,14 +233,14 @@ def test_the_fingerprint_is_that_of_the_data_which_was_trained_on(study: StudyFo
 )
 def test_an_end_is_told_in_both_vocabularies(study: StudyFolder, state: schema.State, status: str) -> None:
     study.end_trial("one", TrialEnd(state=state))
-    rebuild(study.path)
+    rebuild(study)
     run = only_run(study)
     assert (run.data.tags[schema.STATUS_TAG], run.info.status) == (state, status)
 
 
 def test_a_failed_trial_that_runs_again_loses_its_error(study: StudyFolder) -> None:
     study.end_trial("one", TrialEnd(state="failed", error="out of memory"))
-    rebuild(study.path)
+    rebuild(study)
     failed = only_run(study)
     study.forget_end("one")
     mirror_of(study).trial("one", "running")
@@ -253,7 +253,7 @@ def test_a_run_without_privacy_is_labelled_and_has_no_epsilon(tmp_path: Path, ur
     overrides = ("privacy.target_epsilon=.inf", "privacy.noise_multiplier=0", "privacy.steps=100")
     fake = Fake("free", overrides=overrides, epsilons=(math.inf,))
     study = make_study(tmp_path / "study", [fake], uri)
-    rebuild(study.path)
+    rebuild(study)
     run = only_run(study)
     assert run.data.tags[schema.PRIVATE_TAG] == NON_PRIVATE
     assert NON_PRIVATE in run.info.run_name
@@ -263,7 +263,7 @@ def test_a_run_without_privacy_is_labelled_and_has_no_epsilon(tmp_path: Path, ur
 
 def test_metrics_that_are_not_numbers_stay_out(tmp_path: Path, uri: str) -> None:
     study = make_study(tmp_path / "study", [Fake("one", metrics={"kid": math.nan})], uri)
-    rebuild(study.path)
+    rebuild(study)
     assert "kid" not in only_run(study).data.metrics
 
 
@@ -287,7 +287,7 @@ def test_a_resumed_trial_stays_one_run(study: StudyFolder) -> None:
 
 
 def test_the_study_run_carries_its_facts_and_the_statement(study: StudyFolder) -> None:
-    rebuild(study.path)
+    rebuild(study)
     run = only_run(study, schema.KIND_STUDY)
     client = connect(study.read_study().tracking_uri)
     text = Path(client.download_artifacts(run.info.run_id, schema.STATEMENT_ARTIFACT)).read_text()
@@ -320,20 +320,20 @@ def test_samples_are_logged_when_they_change_and_the_config_at_the_end(
 
 def test_large_pictures_stay_out(study: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "LARGEST_GRID", 10)
-    rebuild(study.path)
+    rebuild(study)
     client = connect(study.read_study().tracking_uri)
     assert [file.path for file in client.list_artifacts(only_run(study).info.run_id)] == [schema.CONFIG_ARTIFACT]
 
 
 def test_artifacts_lie_beside_the_database(study: StudyFolder, tmp_path: Path) -> None:
-    rebuild(study.path)
+    rebuild(study)
     run = only_run(study)
     place = tmp_path / "mlflow-artifacts" / run.info.run_id / "artifacts"
     assert (place / schema.GRID_ARTIFACT).exists()
 
 
 def test_a_rebuilt_mirror_shows_when_trials_began_and_ended(study: StudyFolder) -> None:
-    rebuild(study.path)
+    rebuild(study)
     info = only_run(study).info
     began, ended = (study.trial("one") / name for name in ("trial.json", "end.json"))
     assert info.start_time == int(began.stat().st_mtime * 1000)

@@ -1,7 +1,7 @@
 """`dpsink-tune sweep · track`: hyperparameter studies from a shell."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -57,14 +57,17 @@ def track(
 ) -> None:
     """Rebuild a study's runs in MLflow from its folder; safe to repeat."""
     from tune.folder import StudyFolder
+    from tune.schema import shown_uri
+    from tune.sweep import only_one
     from tune.tracking import rebuild
 
     console.set_up_logging()
     folder = StudyFolder(study_folder)
-    record: Any = folder.read_study()
+    record = folder.read_study()
     uri = tracking_uri or record.tracking_uri
-    rebuild(folder, uri)
-    console.out.print(f"{len(folder.trials())} trials of {record.name} are in {uri}", markup=False)
+    with only_one(folder):  # a sweep at work writes the runs itself
+        rebuild(folder, uri, unfinished="interrupted")
+    console.out.print(f"{len(folder.trials())} trials of {record.name} are in {shown_uri(uri)}", markup=False)
 
 
 if __name__ == "__main__":

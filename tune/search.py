@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from ray.tune.search import Searcher
 
 from dpsink.config import TrialConfig, config_sha256
@@ -215,9 +217,7 @@ def open_optuna(study: Study, folder: StudyFolder) -> optuna.Study:
     """The study's Optuna study, in a journal file of its folder; the same one on resume."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.search.mkdir(parents=True, exist_ok=True)
-    storage = optuna.storages.JournalStorage(
-        optuna.storages.journal.JournalFileBackend(str(folder.search / "optuna.log"))
-    )
+    storage = JournalStorage(JournalFileBackend(str(folder.search / "optuna.log")))
     opened = optuna.create_study(
         study_name=study.name, storage=storage, load_if_exists=True,
         direction="minimize" if schema.mode_of(study.objective) == "min" else "maximize",
@@ -241,7 +241,7 @@ def draw(trial: optuna.Trial, path: str, space: Distribution) -> Any:
     """One value of one dimension."""
     if space.choice is not None:
         return trial.suggest_categorical(path, space.choice)
-    if space.int is not None:
-        return trial.suggest_int(path, *space.int)
+    if space.integer is not None:
+        return trial.suggest_int(path, *space.integer)
     low, high = space.bounds
     return trial.suggest_float(path, low, high, log=space.log_uniform is not None)

@@ -19,12 +19,12 @@ class Distribution(Strict):
 
     uniform: tuple[float, float] | None = None
     log_uniform: tuple[float, float] | None = None
-    int: tuple[int, int] | None = None
+    integer: tuple[int, int] | None = Field(default=None, alias="int")
     choice: tuple[Any, ...] | None = None
 
     @model_validator(mode="after")
     def _exactly_one(self) -> "Distribution":
-        given = [key for key, value in self if value is not None]
+        given = [value for _, value in self if value is not None]
         if len(given) != 1:
             raise ValueError("give exactly one of uniform, log_uniform, int, choice")
         if self.choice is not None:
@@ -41,7 +41,7 @@ class Distribution(Strict):
     @property
     def bounds(self) -> tuple[float, float]:
         """(low, high) of a numeric dimension."""
-        bounds = self.uniform or self.log_uniform or self.int
+        bounds = self.uniform or self.log_uniform or self.integer
         assert bounds is not None
         return bounds
 

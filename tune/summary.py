@@ -29,7 +29,7 @@ def summarise(outcome: Outcome, study: Study) -> dict[str, Any]:
         "stopped_by_ledger": outcome.stopped_by_ledger,
         "seconds": round(outcome.seconds, 1),
         "folder": str(folder.path),
-        "tracking_uri": outcome.record.tracking_uri,
+        "tracking_uri": schema.shown_uri(outcome.record.tracking_uri),
     }
 
 

@@ -54,7 +54,7 @@ def run_study(study: Study, *, data_root: Path | None = None, retry_failed: bool
     folder = StudyFolder(study.storage.absolute() / study.name)
     plan = check_study(study, data_root)
     check_storage(folder.path)
-    with _only_one(folder):
+    with only_one(folder):
         record = _open_study(study, folder, plan)
         check_tracking(record.tracking_uri)
         if retry_failed:
@@ -137,6 +137,7 @@ class _Session:
         if finished:
             self._judge_chosen()
         statement = self._write_statement()
+        self.tracker.poke()
         self.tracker.close(study="completed" if finished else "interrupted")
         return statement
 
@@ -202,7 +203,7 @@ def _shown(epsilon: float | None) -> str:
 
 
 @contextmanager
-def _only_one(folder: StudyFolder) -> Iterator[None]:
+def only_one(folder: StudyFolder) -> Iterator[None]:
     """Refuses a second sweep on the same study."""
     with (folder.path / ".lock").open("a+") as file:
         try:

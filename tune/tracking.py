@@ -68,7 +68,7 @@ def connect(uri: str) -> "MlflowClient":
     return MlflowClient(tracking_uri=uri)
 
 
-def rebuild(study_folder: Path, uri: str | None = None, *, unfinished: schema.State | None = None) -> int:
+def rebuild(folder: StudyFolder, uri: str | None = None, *, unfinished: schema.State | None = None) -> int:
     """Brings MLflow in line with a study folder, whatever it holds already.
 
     Args:
@@ -81,7 +81,6 @@ def rebuild(study_folder: Path, uri: str | None = None, *, unfinished: schema.St
     Raises:
         InputError: not a study folder, or MLflow cannot be written.
     """
-    folder = StudyFolder(study_folder)
     uri = uri or folder.read_study().tracking_uri
     check_tracking(uri)
     mirror = Mirror(connect(uri), folder)

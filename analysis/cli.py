@@ -54,14 +54,14 @@ def best(
     console.set_up_logging()
     runs = load_runs(study, tracking_uri)
     chosen = {metric: select_best(runs, metric) for metric in CHOICES}
-    columns = [Column(row["trial"], row) for row in baselines(runs)]
+    columns = [Column(row["trial"].removeprefix("baseline-"), row) for row in baselines(runs)]
     columns += [Column(CHOICES[metric], row, metric) for metric, row in chosen.items()]
     written = _export(runs, columns, out or Path("exports") / runs.study.name, force)
     if as_json:
         console.print_json(_document(runs, columns, written))
         return
     _print_rejected(runs)
-    _print_comparison(runs, columns)
+    _print_comparison(runs, _merged(columns))
     console.out.print("written:", *map(str, written), sep="\n  ", markup=False, soft_wrap=True)
 
 
@@ -72,6 +72,18 @@ class Column:
     title: str
     run: "Row"
     metric: str | None = None
+
+
+def _merged(columns: Sequence[Column]) -> list[Column]:
+    """The columns for a person: a run that is best by several metrics stands there once."""
+    merged: dict[str, Column] = {}
+    for column in columns:
+        run_id = column.run["run_id"]
+        if run_id in merged:
+            also = CHOICES[column.metric or ""].removeprefix("best by ")
+            column = Column(f"{merged[run_id].title} and {also}", column.run, column.metric)
+        merged[run_id] = column
+    return list(merged.values())
 
 
 def _export(runs: "Runs", columns: Sequence[Column], out: Path, force: bool) -> list[Path]:
@@ -96,7 +108,7 @@ def _draw(runs: "Runs", columns: Sequence[Column], path: Path) -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         panels = []
-        for column in columns:
+        for column in _merged(columns):
             run_id = column.run["run_id"]
             grid = fetch_artifact(runs, run_id, schema.GRID_ARTIFACT, Path(folder) / run_id)
             panels.append(Panel(column.title, column.run, grid))

@@ -79,7 +79,7 @@ def table(*columns: str, title: str | None = None) -> Table:
     """An empty table in the house style; numbers are right-aligned by `add_row` callers' formatting."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right")
+        made.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     return made
 
 

@@ -94,6 +94,7 @@ def test_max_steps_is_the_last_that_fits(accountant, budget):
     assert spent[1] > target or steps == MAX_STEPS
 
 
+@pytest.mark.slow
 @given(budget=st.fixed_dictionaries(BUDGETS))
 @slowly
 def test_pld_allows_at_least_the_steps_of_rdp(budget):
@@ -176,7 +177,7 @@ def test_more_steps_spend_more(accountant):
 def test_more_noise_spends_less(accountant):
     spent = [
         epsilon(steps=100, delta=1e-5, sample_rate=0.01, noise_multiplier=sigma, accountant=accountant)
-        for sigma in (0.3, 0.5, 1.0, 2.0, 8.0)
+        for sigma in (0.5, 1.0, 2.0, 8.0)
     ]
     assert np.all(np.diff(spent) < 0)
 
@@ -195,7 +196,7 @@ def test_a_curve_builds_one_loss_distribution():
 
 
 @pytest.mark.parametrize("accountant", ACCOUNTANTS)
-@pytest.mark.parametrize(("target_epsilon", "sample_rate", "steps"), [(1.0, 0.1, 1_000), (10.0, 0.001, 100_000)])
+@pytest.mark.parametrize(("target_epsilon", "sample_rate", "steps"), [(1.0, 0.1, 1_000), (10.0, 0.001, 1_000_000)])
 def test_calibrated_noise_is_the_smallest_that_fits(accountant, target_epsilon, sample_rate, steps):
     budget: dict[str, Any] = {"delta": 1e-5, "sample_rate": sample_rate, "steps": steps, "accountant": accountant}
     sigma = noise_multiplier_for(target_epsilon=target_epsilon, **budget)
@@ -203,8 +204,9 @@ def test_calibrated_noise_is_the_smallest_that_fits(accountant, target_epsilon, 
     assert epsilon(noise_multiplier=sigma * 0.999, **budget) > target_epsilon
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accountant", ACCOUNTANTS)
-@pytest.mark.parametrize(("target_epsilon", "noise_multiplier", "steps"), [(1.0, 2.0, 1_000), (10.0, 0.8, 10_000)])
+@pytest.mark.parametrize(("target_epsilon", "noise_multiplier", "steps"), [(1.0, 2.0, 1_000), (10.0, 1.0, 10_000)])
 def test_calibrated_sample_rate_is_the_largest_that_fits(accountant, target_epsilon, noise_multiplier, steps):
     budget: dict[str, Any] = {
         "delta": 1e-5,
@@ -241,7 +243,7 @@ def test_a_budget_below_one_step_gives_no_steps():
 
 @pytest.mark.parametrize(
     ("target_epsilon", "delta", "sample_rate", "noise_multiplier"),
-    [(1e300, 1e-5, 0.5, 1.0), (10, 1e-5, 1e-300, 1.0), (10, 0.5, 1e-6, 5.0), (10, 1e-5, 1e-3, 1e300)],
+    [(1e300, 1e-5, 0.5, 1.0), (10, 1e-5, 1e-300, 1.0), (10, 0.5, 1e-6, 50.0), (10, 1e-5, 1e-3, 1e300)],
 )
 def test_a_boundless_budget_gives_the_cap(target_epsilon, delta, sample_rate, noise_multiplier):
     steps = max_steps(
@@ -256,7 +258,7 @@ def test_a_delta_below_the_rounding_of_the_fft_is_left_to_rdp():
 
 
 def test_a_wide_composition_is_left_to_rdp():
-    wide = {"delta": 1e-5, "sample_rate": 0.5, "noise_multiplier": 0.5}
+    wide: dict[str, Any] = {"delta": 1e-5, "sample_rate": 0.5, "noise_multiplier": 0.5}
     assert epsilon(steps=10**6, **wide) == epsilon(steps=10**6, accountant="rdp", **wide)
 
 
@@ -271,28 +273,30 @@ def test_a_sparse_loss_distribution_composes_millions_of_times():
 NOT_NUMBERS = [math.nan, math.inf, -math.inf, None, True, "1", -1, [1], 1j]
 BAD = [
     *(("target_epsilon", value) for value in [*NOT_NUMBERS, 0, 10**400]),
-    *(("delta", value) for value in [*NOT_NUMBERS, 0, 1, 1.5, 1]),
+    *(("delta", value) for value in [*NOT_NUMBERS, 0, 1, 1.5]),
     *(("sample_rate", value) for value in [*NOT_NUMBERS, 0, 1.0000001]),
     *(("noise_multiplier", value) for value in [*NOT_NUMBERS, 0, MIN_NOISE_MULTIPLIER * 0.999]),
     *(("steps", value) for value in [*NOT_NUMBERS, 1.0, 0.5, MAX_STEPS + 1]),
     *(("accountant", value) for value in [None, "prv", "PLD", 1, ["pld"]]),
 ]
 QUESTIONS = {
-    epsilon: {"steps", "delta", "sample_rate", "noise_multiplier"},
-    max_steps: {"target_epsilon", "delta", "sample_rate", "noise_multiplier"},
-    noise_multiplier_for: {"target_epsilon", "delta", "sample_rate", "steps"},
-    sample_rate_for: {"target_epsilon", "delta", "noise_multiplier", "steps"},
+    epsilon: ("steps", "delta", "sample_rate", "noise_multiplier"),
+    max_steps: ("target_epsilon", "delta", "sample_rate", "noise_multiplier"),
+    noise_multiplier_for: ("target_epsilon", "delta", "sample_rate", "steps"),
+    sample_rate_for: ("target_epsilon", "delta", "noise_multiplier", "steps"),
 }
 GOOD = {"target_epsilon": 1.0, "steps": 10, **QUICK}
+BAD_QUESTIONS = [
+    pytest.param(question, takes, name, value, id=f"{question.__name__}-{name}={str(value)[:12]}")
+    for question, takes in QUESTIONS.items()
+    for name, value in BAD
+    if name in (*takes, "accountant")
+]
 
 
-@pytest.mark.parametrize(("name", "value"), BAD, ids=lambda each: str(each)[:20])
-@pytest.mark.parametrize("question", QUESTIONS, ids=lambda each: each.__name__)
-def test_bad_input_is_refused_by_name(question, name, value):
-    takes = QUESTIONS[question] | {"accountant"}
-    if name not in takes:
-        pytest.skip("not an argument of this question")
-    arguments = {key: GOOD[key] for key in QUESTIONS[question]} | {name: value}
+@pytest.mark.parametrize(("question", "takes", "name", "value"), BAD_QUESTIONS)
+def test_bad_input_is_refused_by_name(question, takes, name, value):
+    arguments = {key: GOOD[key] for key in takes} | {name: value}
     with pytest.raises(InputError, match=rf"^{name}=.* must be .*; ") as error:
         question(**arguments)
     assert "\n" not in str(error.value)
@@ -300,7 +304,7 @@ def test_bad_input_is_refused_by_name(question, name, value):
 
 @pytest.mark.parametrize("steps", [5, None, "12", {1: 2}, [1, math.nan], [1, -1], [1.0]])
 def test_a_curve_refuses_steps_that_are_not_whole(steps):
-    with pytest.raises(InputError, match="^steps="):
+    with pytest.raises(InputError, match=r"^steps="):
         epsilon_curve(steps=steps, **QUICK)
 
 

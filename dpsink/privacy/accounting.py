@@ -28,6 +28,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from dp_accounting import get_epsilon_gaussian, get_sigma_gaussian
+from dp_accounting.pld import common
 from dp_accounting.pld import privacy_loss_distribution as pld
 from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
 from opacus.accountants.analysis import rdp
@@ -37,14 +38,14 @@ from dpsink.errors import InputError
 
 Accountant = Literal["pld", "rdp"]
 
-MIN_NOISE_MULTIPLIER = 0.1  # below, one step alone costs ε in the hundreds and its loss grid takes minutes
+MIN_NOISE_MULTIPLIER = 0.1  # here one drawn record's step costs ε ≈ 90; below, a loss grid of 1e-4 takes minutes
 MAX_NOISE_MULTIPLIER = 1e6  # more noise is accounted as this much
 MIN_SAMPLE_RATE = 1e-9  # rarer sampling is accounted as this rate
 MAX_STEPS = 10**9  # the largest number of steps that is accounted or given
 
 _CALIBRATION_TOLERANCE = 5e-4  # relative; how near a calibrated value comes to the exact one
 _SIGNIFICANT_DIGITS = 6  # of a calibrated value, so that a person can copy it
-_MAX_GRID_POINTS = 2**23  # of a composed loss distribution: about 1 GB and 5 s
+_MAX_GRID_POINTS = 2**22  # of a composed loss distribution: about 0.5 GB and 3 s
 _UNIT_ROUNDOFF = 2.0**-53
 _TAIL_MASS = 1e-15  # that dp-accounting cuts off a composition and counts as a certain loss
 _REVISION = 1  # of this file's arithmetic; raise it whenever an answer may change
@@ -341,12 +342,12 @@ def _rdp_max_steps(mechanism: _Mechanism, target_epsilon: float, delta: float) -
 def _interval(mechanism: _Mechanism) -> float:
     """Spacing of the grid of privacy losses, in nats: 1e-4 for ordinary mechanisms.
 
-    Finer where one step's losses span little, coarser where they span hundreds (building takes a second per 200,000
-    points). A finer grid is not a tighter one: rounding in the library adds a mass of about span × 1e-17 / interval²
-    to every step.
+    Finer, to a tenth of the deviation, where one step's losses are small, and coarser where they span hundreds
+    (building takes a second per 200,000 points). A finer grid is not always a tighter one: rounding in the library adds
+    a mass of about span × 1e-17 / interval² to every step.
     """
     span = max(_loss_span(mechanism, AdjacencyType.ADD), _loss_span(mechanism, AdjacencyType.REMOVE))
-    return min(max(span / 20_000, 1e-5), max(1e-4, span / 200_000))
+    return min(max(span / 20_000, _step_mu(mechanism) / 10, 1e-5), max(1e-4, span / 200_000))
 
 
 def _loss_span(mechanism: _Mechanism, adjacency: AdjacencyType) -> float:
@@ -384,21 +385,22 @@ def _fft_slack(steps: int) -> float:
     return 8 * _UNIT_ROUNDOFF * steps
 
 
-@functools.lru_cache(maxsize=64)
-def _added_mass(mechanism: _Mechanism) -> float:
-    """What rounding adds to the unit mass of one step's distribution: ≥ 0, because negative noise is clipped to 0."""
+def _composed_points(mechanism: _Mechanism, steps: int) -> int:
+    """Grid points of a composition, by the library's own tail bounds.
+
+    They run to 10^7 and beyond where one step's grid is short (the bounds are loose) or rounding has added mass.
+    """
     step = _one_step(mechanism)
-    masses = (float(pmf._probs.sum()) + pmf._infinity_mass for pmf in (step._pmf_remove, step._pmf_add))
-    return max(0.0, *(mass - 1 for mass in masses))
+    bounds = (
+        common.compute_self_convolve_bounds(pmf.to_dense_pmf()._probs, steps, _TAIL_MASS)  # pyright: ignore[reportArgumentType]
+        for pmf in (step._pmf_remove, step._pmf_add)
+    )
+    return max(high - low + 1 for low, high in bounds)
 
 
 def _has_pld(mechanism: _Mechanism, steps: int, delta: float) -> bool:
     """Whether rounding stays below δ and the composition fits into memory; RDP answers for the others."""
-    span = 2 * _rdp_epsilon(mechanism, steps, _TAIL_MASS)  # both tails of the composed loss, in nats
-    if 2 * _fft_slack(steps) >= delta or span > _MAX_GRID_POINTS * _interval(mechanism):
-        return False
-    # More would multiply δ by e and blow the composition up to tens of millions of points.
-    return steps * _added_mass(mechanism) <= 1
+    return 2 * _fft_slack(steps) < delta and _composed_points(mechanism, steps) <= _MAX_GRID_POINTS
 
 
 def _composed(mechanism: _Mechanism, steps: int) -> pld.PrivacyLossDistribution:
@@ -452,16 +454,21 @@ def _epsilon_curve(
 
 
 def _excess(accountant: Accountant, *, steps: int, target_epsilon: float, delta: float, mechanism: _Mechanism) -> float:
-    """A number with the sign of ε - target, in the units in which the search converges fastest."""
+    """A number with the sign of ε - target, in units in which the search converges fast."""
     bound = _rdp_epsilon(mechanism, steps, delta) - target_epsilon
-    if accountant == "pld" and mechanism.sample_rate < 1 and _has_pld(mechanism, steps, delta):
-        tight = _pld_log_excess(mechanism, steps, target_epsilon, delta)
-        return tight if bound > 0 else min(tight, bound)
-    return _epsilon(accountant, steps=steps, delta=delta, mechanism=mechanism) - target_epsilon
+    if accountant == "rdp" or bound <= 0:
+        return bound
+    if mechanism.sample_rate == 1:
+        return _gaussian_epsilon(mechanism, steps, delta) - target_epsilon
+    if _has_pld(mechanism, steps, delta):
+        return _pld_log_excess(mechanism, steps, target_epsilon, delta)
+    return bound
 
 
 def _max_steps(accountant: Accountant, *, target_epsilon: float, delta: float, mechanism: _Mechanism) -> int:
     def fits(steps: int) -> bool:
+        if _rdp_epsilon(mechanism, steps, delta) <= target_epsilon:  # spares a composition: ε is never more
+            return True
         return _epsilon(accountant, steps=steps, delta=delta, mechanism=mechanism) <= target_epsilon
 
     steps = _rdp_max_steps(mechanism, target_epsilon, delta)
@@ -635,7 +642,7 @@ def _narrowed(
         return min(max(result, -1e3), 1e3)  # a mechanism beyond accounting has infinite excess
 
     low, high = sorted((math.log(fitting), math.log(failing)))
-    toms748(visit, low, high, xtol=max(tolerance / 2, 0.25 / max(fitting, failing)))
+    toms748(visit, low, high, xtol=tolerance / 2 or 0.25 / max(fitting, failing))
     while abs(math.log(best[True] / best[False])) > tolerance:
         middle = snap((best[True] + best[False]) / 2)
         if middle in best.values():

@@ -113,11 +113,11 @@ class StepAudit:
         """One sentence for people."""
         if self.event is not None:
             return f"VIOLATED: {self.event} (pair '{self.pair}')."
-        relation = "above" if self.violated else "not above"
+        finding, relation = ("VIOLATED", "above") if self.violated else ("No violation found", "not above")
         return (
-            f"{'VIOLATED' if self.violated else 'No violation found'}: the measured epsilon {self.estimate:.3g} (at "
-            f"least {max(self.estimate_low, self.bound):.3g}) is {relation} the claimed {self.claimed:.3g}; the "
-            f"probability of a false alarm is {self.false_alarm:g}."
+            f"{finding}: epsilon is at least {max(self.estimate_low, self.bound):.3g} (best estimate "
+            f"{self.estimate:.3g}), which is {relation} the claimed {self.claimed:.3g}; a right mechanism is called "
+            f"broken with probability {self.false_alarm:g} at most."
         )
 
 
@@ -384,9 +384,9 @@ class TrialAudit:
     @property
     def verdict(self) -> str:
         """One sentence for people."""
-        relation = "above" if self.violated else "not above"
+        finding, relation = ("VIOLATED", "above") if self.violated else ("No violation found", "not above")
         return (
-            f"{'VIOLATED' if self.violated else 'No violation found'}: {self.correct} of {self.guesses} guesses were "
+            f"{finding}: {self.correct} of {self.guesses} guesses were "
             f"right, so epsilon is at least {self.bound:.3g} (confidence {self.confidence:.1%}), which is {relation} "
             f"the claimed {self.claimed:.3g}."
         )

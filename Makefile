@@ -11,10 +11,10 @@ quickstart: $(STAMP) ## install, run a small study on real digits, show the best
 	$(BIN)/dpsink-analysis best quickstart --force
 
 test: $(STAMP) check ## everything
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-fast: $(STAMP) check ## daily work: without the slow tests
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 check: $(STAMP) ## style and types
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ from dpsink.config import Strict, TrialConfig
 from dpsink.engine import TrialState
 from dpsink.errors import InputError
 from dpsink.generators import build_generator
+from dpsink.privacy.release import check_checkpoint, check_files
 
 PREFIX = "checkpoint-"
 STATEMENT = "statement.json"
@@ -65,6 +66,7 @@ def save_checkpoint(run: Path, description: CheckpointState, state: TrialState, 
     Args:
         grid: a PNG of samples.
     """
+    check_checkpoint(description.model_dump())
     final = run / f"{PREFIX}{description.step:010d}"
     draft = run / f".draft-{os.getpid()}"
     shutil.rmtree(draft, ignore_errors=True)
@@ -73,6 +75,7 @@ def save_checkpoint(run: Path, description: CheckpointState, state: TrialState, 
     save_file(_optimizer_tensors(state), draft / "optimizer.safetensors")
     (draft / "state.json").write_text(description.model_dump_json(indent=1), encoding="utf-8")
     (draft / "samples.png").write_bytes(grid)
+    check_files(path.name for path in draft.iterdir())
     _replace_folder(draft, final)
     for old in _checkpoints(run):
         if old != final:

@@ -33,6 +33,7 @@ from dpsink.errors import InputError
 from dpsink.evaluation import CLASSIFIERS, WORST_DISTANCE, build_extractor, evaluate
 from dpsink.privacy.budget import TrialBudget
 from dpsink.privacy.plan import PrivacyPlan, delta_warning, derive_plan
+from dpsink.privacy.release import check_report
 from dpsink.synthesis import balanced_labels, generate, sample_grid
 
 log = logging.getLogger("dpsink")
@@ -172,6 +173,7 @@ class TrialRun:
             status=self._status(),
             metrics=metrics,
         )
+        check_report(report.model_dump())
         self.reports.append(report)
         self.save()
         if report.status != RUNNING:

@@ -96,7 +96,7 @@ def test_max_steps_is_the_last_that_fits(accountant, budget):
 
 @pytest.mark.slow
 @given(budget=st.fixed_dictionaries(BUDGETS))
-@slowly
+@settings(slowly, max_examples=3)
 def test_pld_allows_at_least_the_steps_of_rdp(budget):
     by_rdp = max_steps(accountant="rdp", **budget)
     assert max_steps(accountant="pld", **budget) >= by_rdp
@@ -196,7 +196,7 @@ def test_a_curve_builds_one_loss_distribution():
 
 
 @pytest.mark.parametrize("accountant", ACCOUNTANTS)
-@pytest.mark.parametrize(("target_epsilon", "sample_rate", "steps"), [(1.0, 0.1, 1_000), (10.0, 0.001, 1_000_000)])
+@pytest.mark.parametrize(("target_epsilon", "sample_rate", "steps"), [(1.0, 0.1, 1_000), (5.0, 0.01, 100_000)])
 def test_calibrated_noise_is_the_smallest_that_fits(accountant, target_epsilon, sample_rate, steps):
     budget: dict[str, Any] = {"delta": 1e-5, "sample_rate": sample_rate, "steps": steps, "accountant": accountant}
     sigma = noise_multiplier_for(target_epsilon=target_epsilon, **budget)
@@ -221,7 +221,7 @@ def test_calibrated_sample_rate_is_the_largest_that_fits(accountant, target_epsi
 
 def test_calibration_stops_at_the_limits():
     assert sample_rate_for(target_epsilon=10, delta=1e-5, noise_multiplier=100, steps=10) == 1.0
-    generous = noise_multiplier_for(target_epsilon=1e6, delta=1e-5, sample_rate=0.5, steps=10)
+    generous = noise_multiplier_for(target_epsilon=1e6, delta=1e-5, sample_rate=1.0, steps=10)
     assert generous == MIN_NOISE_MULTIPLIER
 
 

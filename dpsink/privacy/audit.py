@@ -1,4 +1,4 @@
-"""Audits: ε as the strongest known attacker measures it, to be held against the ε that is claimed.
+"""Audits: ε as an attacker measures it who knows all but one record, to be held against the ε that is claimed.
 
 An audit attacks the running code, so it finds what a proof does not see: a forgotten factor, noise that is not
 drawn, a quantity that was thought public. What it finds is a lower bound of ε. A bound above the claim shows that the
@@ -444,9 +444,8 @@ def one_run_p_value(canaries: int, guesses: int, correct: int, *, epsilon: float
     Steinke, Nasr & Jagielski 2023, "Privacy auditing with one (1) training run", theorem 5.2. Of m canaries each is
     put in with probability 1/2, independently. Under ε-DP every guess is right with probability at most
     q = e^ε / (1 + e^ε), whatever became of the other guesses, as if the coins had passed through randomised response:
-    the number of right ones is below W ~ Binomial(r, q) in distribution. δ adds the runs in which that fails: each
-    canary with probability 2δ, so 2mδ failures are expected, and i failures at once turn v − i right guesses into v.
-    Markov's inequality over the worst i gives
+    the number of right ones is below W ~ Binomial(r, q) in distribution. δ adds F right guesses at most, F depending on
+    the run, with E[F] ≤ 2mδ. V ≥ v then needs W ≥ v − F, and P[v − i ≤ W < v] ≤ i · max_i P[v − i ≤ W < v] / i, so
 
         P[V ≥ v] ≤ P[W ≥ v] + 2mδ · max_{i = 1..m} P[v − i ≤ W < v] / i.
 

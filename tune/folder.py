@@ -4,6 +4,7 @@ STUDY/study.yaml              the study file as it was given
 STUDY/study.json              `StudyRecord`
 STUDY/statement.json          the ledger's present statement
 STUDY/ledger/                 the study's privacy ledger
+STUDY/witness.json            what the ledger has held
 STUDY/search/                 the searcher's memory
 STUDY/trials/NAME/trial.json  `TrialRecord`, written before the trial starts
 STUDY/trials/NAME/run/        the trial's run folder (`dpsink.checkpoint`)
@@ -21,6 +22,9 @@ from dpsink.checkpoint import STATEMENT, Report, latest_checkpoint, read_json, r
 from dpsink.config import Model, Strict, TrialConfig
 from dpsink.errors import InputError
 from tune import schema
+
+
+WITNESS = "witness.json"
 
 
 class StudyRecord(Strict):
@@ -146,6 +150,15 @@ class StudyFolder:
         """Metrics on the test split, empty unless the trial was chosen."""
         path = self.trial(name) / "test.json"
         return read_json(path) if path.exists() else {}
+
+    def write_witness(self, witness: dict[str, Any]) -> None:
+        """Keeps, outside the ledger, what the ledger has held: a ledger that vanished is found out by it."""
+        write_atomically(self.path / WITNESS, json.dumps(witness))
+
+    def witness(self) -> dict[str, Any] | None:
+        """What the ledger has held, None before the first trial."""
+        path = self.path / WITNESS
+        return read_json(path) if path.exists() else None
 
     def write_statement(self, statement: dict[str, Any]) -> None:
         """Records the ledger's present statement, for the study and beside every generator that came of it."""

@@ -44,7 +44,7 @@ def run(app: typer.Typer) -> None:
     except Exception as error:
         if not isinstance(error, _UsageError):
             raise
-        _explain_usage(error.format_message())
+        _explain_usage(error.format_message())  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _explain_usage(message: str) -> None:

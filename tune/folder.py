@@ -23,7 +23,6 @@ from dpsink.config import Model, Strict, TrialConfig
 from dpsink.errors import InputError
 from tune import schema
 
-
 WITNESS = "witness.json"
 
 

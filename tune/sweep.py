@@ -80,6 +80,7 @@ def open_ledger(study: Study, folder: StudyFolder, plan: StudyPlan) -> StudyLedg
     return StudyLedger.open(
         folder.ledger, delta=plan.delta, planned=plan.costs, policy=study.ledger.policy,
         study_epsilon=study.ledger.study_epsilon if plan.private else float("inf"), adaptive=costs_may_vary,
+        witness=folder.witness(),
     )  # fmt: skip
 
 
@@ -162,6 +163,7 @@ class _Session:
         return self.searcher.refused is not None or not self.searcher.unfinished
 
     def _changed(self, name: str) -> None:
+        self.folder.write_witness(self.ledger.witness())
         end = self.folder.end_of(name)
         reports = self.folder.reports(name)
         values = {**reports[-1].metrics, "epsilon": reports[-1].epsilon} if reports else {}
@@ -193,6 +195,7 @@ class _Session:
                 self.tracker.poke(record.name)
 
     def _write_statement(self) -> dict[str, Any]:
+        self.folder.write_witness(self.ledger.witness())
         statement = self.ledger.statement(self.plan.target_epsilon).to_dict()
         self.folder.write_statement(statement)
         return statement

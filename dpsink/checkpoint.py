@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, ValidationError
@@ -27,7 +27,6 @@ from dpsink.privacy.release import check_checkpoint, check_files
 
 PREFIX = "checkpoint-"
 STATEMENT = "statement.json"
-FORMAT = 1
 
 
 class Report(Strict):
@@ -48,7 +47,7 @@ class Report(Strict):
 class CheckpointState(Strict):
     """The JSON part of a checkpoint."""
 
-    format: int = FORMAT
+    format: Literal[1] = 1
     config: TrialConfig
     plan: dict[str, Any]
     image_shape: tuple[int, int, int]
@@ -57,6 +56,7 @@ class CheckpointState(Strict):
     step: int = Field(ge=0)
     seconds: float = 0.0
     witness: dict[str, Any] = Field(default_factory=dict, description="the ledger as this checkpoint saw it")
+    score_witness: dict[str, Any] | None = Field(default=None, description="the same of the scores' ledger")
     reports: tuple[Report, ...] = ()
 
 
@@ -99,14 +99,32 @@ def read_state(checkpoint: Path) -> CheckpointState:
         return CheckpointState.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{checkpoint}: holds no checkpoint (no state.json); give the folder of a run") from None
-    except (OSError, UnicodeDecodeError, ValidationError) as error:
-        raise InputError(f"{path}: not a checkpoint of this version: {str(error).splitlines()[0]}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        message = f"{where}: {first['msg']}" if where else first["msg"]
+        raise InputError(f"{path}: not a checkpoint of this version: {message}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
 
 
 def restore_state(checkpoint: Path, state: TrialState) -> None:
-    """Fills a freshly built `TrialState` from a checkpoint, in place."""
+    """Fills a freshly built `TrialState` from a checkpoint, in place.
+
+    Raises:
+        InputError: damaged files, or those of another generator.
+    """
     load_weights(checkpoint, state.generator)
-    tensors = _load(checkpoint / "optimizer.safetensors")
+    path = checkpoint / "optimizer.safetensors"
+    try:
+        _restore_optimizer(state, _load(path))
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: does not fit the trial: {' '.join(str(error).split())[:200]}") from None
+
+
+def _restore_optimizer(state: TrialState, tensors: dict[str, Tensor]) -> None:
     state.rng.set_state(tensors.pop("rng"))
     state.step = int(tensors.pop("step"))
     if state.optimizer is None:
@@ -158,9 +176,12 @@ def write_atomically(path: Path, text: str) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file that this package wrote."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: must hold a JSON object, not a {type(content).__name__}; it was edited")
+    return content
 
 
 def _checkpoints(run: Path) -> list[Path]:
@@ -170,8 +191,10 @@ def _checkpoints(run: Path) -> list[Path]:
 def _replace_folder(draft: Path, final: Path) -> None:
     for path in (*draft.iterdir(), draft):
         _fsync(path)
-    if final.exists():  # the same step again, after a replay that ended here
-        shutil.rmtree(final)
+    if final.exists():  # the same step again: until the new one stands, the old one counts under a lower name
+        lower = final.with_name(final.name.replace(PREFIX, f"{PREFIX}-"))
+        shutil.rmtree(lower, ignore_errors=True)
+        final.rename(lower)
     draft.rename(final)
     _fsync(final.parent)
 

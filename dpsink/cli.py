@@ -18,6 +18,7 @@ DataRoot = Annotated[
     Path | None, typer.Option(help="folder with torchvision's files; default $DPSINK_DATA_ROOT or ./datasets")
 ]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves it to the tensor library")]
+MAX_SEED = 2**32 - 1
 Run = Annotated[Path, typer.Argument(help="folder of a run, a checkpoint or an export")]
 
 
@@ -55,7 +56,7 @@ def evaluate(
     run: Run,
     samples: Annotated[int, typer.Option(min=20, help="synthetic images to train and compare on")] = 10_000,
     split: Annotated[str, typer.Option(help="test or validation: the real images to judge by")] = "test",
-    seed: Annotated[int, typer.Option(min=0, help="of latents and classifiers")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="of latents and classifiers")] = 0,
     extractor: Annotated[str, typer.Option(help="features for FID: classifier or inception")] = "classifier",
     inception_weights: Annotated[Path | None, typer.Option(help="file of torch-fidelity's weights")] = None,
     data_root: DataRoot = None,
@@ -79,7 +80,7 @@ def evaluate(
     for name, value in answer["metrics"].items():
         rows.add_row(name, console.metric_text(value))
     console.out.print(rows)
-    console.out.print(answer["privacy"], markup=False)
+    console.out.print(answer["privacy"], markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -87,7 +88,7 @@ def sample(
     run: Run,
     out: Annotated[Path, typer.Option(help="the npz file to write")],
     count: Annotated[int, typer.Option(min=1, help="number of images, balanced over the classes")] = 10_000,
-    seed: Annotated[int, typer.Option(min=0, help="of the latents")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="of the latents")] = 0,
     force: Annotated[bool, typer.Option("--force", help="replace an existing file")] = False,
     as_json: Json = False,
 ) -> None:
@@ -106,11 +107,11 @@ def sample(
         out.parent.mkdir(parents=True, exist_ok=True)
         written = synthesize(generator, description, card, count=count, seed=seed, out=out)
     except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
     if as_json:
         console.print_json({"images": str(written[0]), "card": str(written[1]), **card})
         return
-    console.out.print(f"{count:,} images: {written[0]}\nprivacy card: {written[1]}", markup=False)
+    console.out.print(f"{count:,} images: {written[0]}\nprivacy card: {written[1]}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -144,7 +145,7 @@ def budget(
         )  # fmt: skip
     console.out.print(shown)
     if plot is not None:
-        console.out.print(f"picture: {plot}", markup=False)
+        console.out.print(f"picture: {plot}", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -243,7 +244,7 @@ def _show_audit(found: Any, limits: str, as_json: bool) -> None:
         if value is not None:
             rows.add_row(name, console.metric_text(value) if isinstance(value, float) else str(value))
     console.out.print(rows)
-    console.out.print(f"{found.verdict}\n{limits}", markup=False)
+    console.out.print(f"{found.verdict}\n{limits}", markup=False, soft_wrap=True)
 
 
 def _rate_of(data: str | None, batch_size: int | None, validation_size: int | None, delta: float) -> float:

@@ -35,7 +35,9 @@ class DataConfig(Strict):
 
     name: Literal["digits", "mnist", "fashion_mnist"] = "digits"
     validation_size: int = Field(default=0, ge=0, description="images held out of the training set for selection")
-    validation: Literal["public"] = Field(default="public", description="who may see the validation split")
+    validation: Literal["public", "private"] = Field(
+        default="public", description="who may see the validation split; private: noisy accuracies only"
+    )
     test: Literal["public"] = Field(default="public", description="who may see the test split")
 
     @model_validator(mode="before")
@@ -97,8 +99,11 @@ class PrivacyConfig(Strict):
     batch_size: int = Field(default=500, ge=1, description="expected size of the Poisson batch, q·N")
     steps: int | None = Field(default=None, ge=1, description="train this long; σ is calibrated to it")
     step_limit: int | None = Field(default=None, ge=1, description="stop here even if budget is left")
+    score_noise: float | None = Field(
+        default=None, gt=0, description="σ of the scores on a private validation split, relative to their sensitivity"
+    )
 
-    @field_validator("target_epsilon", "noise_multiplier", "clip_norm", "delta")
+    @field_validator("target_epsilon", "noise_multiplier", "clip_norm", "delta", "score_noise")
     @classmethod
     def _not_nan(cls, value: float | None) -> float | None:
         if value is not None and math.isnan(value):
@@ -168,6 +173,8 @@ class TrialConfig(Strict):
             raise ValueError("generator.kind=class_mean is one release: leave privacy.noise_multiplier and steps out")
         if not control and privacy.private and privacy.noise_multiplier is None and privacy.steps is None:
             raise ValueError("privacy needs noise_multiplier (steps follow) or steps (noise follows)")
+        if (self.data.validation == "private") != (privacy.score_noise is not None) and privacy.private:
+            raise ValueError("data.validation=private and privacy.score_noise go together: set both, or neither")
         if self.sinkhorn.backend == "geomloss" and privacy.mechanism == "record":
             raise ValueError("sinkhorn.backend=geomloss serves privacy.mechanism=batch only")
         return self

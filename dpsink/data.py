@@ -51,13 +51,19 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set split by who may see it: `train` is private, the rest is declared public."""
+    """A data set split by who may see it: `train` is private, `test` public, `validation` as declared."""
 
     name: str
     train: LabelledImages
     validation: LabelledImages | None
     test: LabelledImages
     fingerprint: str
+    validation_is_public: bool = True
+
+    @property
+    def public_reference(self) -> LabelledImages:
+        """Real images that anything may be fitted to: the validation split if it is public, else the test split."""
+        return self.validation if self.validation is not None and self.validation_is_public else self.test
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ def load_dataset(config: DataConfig, *, root: Path | None = None, download: bool
     if len(train) != records:
         expected = DATASETS[config.name].train_and_validation
         raise InputError(f"{config.name} must hold {expected} training images, not {len(training)}: use standard files")
-    return ImageData(config.name, train, validation, test, fingerprint(train))
+    return ImageData(config.name, train, validation, test, fingerprint(train), config.validation == "public")
 
 
 def default_root() -> Path:

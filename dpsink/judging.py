@@ -42,7 +42,7 @@ def judge(
     features = (
         inception_extractor(inception_weights)
         if inception_weights is not None
-        else build_extractor(extractor, data.validation or data.test)
+        else build_extractor(extractor, data.public_reference)
     )
     card = privacy_card(place, description)
     return {
@@ -58,9 +58,7 @@ def judge(
 
 def privacy_card(place: Path, description: CheckpointState) -> dict[str, Any]:
     """What may be said about a generator's privacy, and where it comes from; stands beside everything made of it."""
-    plan = PrivacyPlan(**description.plan)
-    charged = int(description.witness.get("charged", plan.steps))
-    epsilon = plan.epsilon(charged)
+    plan, charged, epsilon = _spent(place, description)
     return {
         "private": plan.private,
         "epsilon": epsilon if plan.private else NON_PRIVATE,
@@ -76,6 +74,17 @@ def privacy_card(place: Path, description: CheckpointState) -> dict[str, Any]:
         "data_fingerprint": description.data_fingerprint,
         "config": description.config.model_dump(mode="json"),
     }
+
+
+def _spent(place: Path, description: CheckpointState) -> tuple[PrivacyPlan, int, float]:
+    """The plan of a checkpoint, the steps charged when it was written, and the ε of all that was released by then."""
+    try:
+        plan = PrivacyPlan(**description.plan)
+        charged = int(description.witness.get("charged", plan.steps))
+        scored = int((description.score_witness or {}).get("charged", plan.score_releases))
+        return plan, charged, plan.trial_epsilon(charged, scored)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{place}: its checkpoint holds no privacy plan of this version: {error}") from None
 
 
 def privacy_line(card: dict[str, Any]) -> str:
@@ -98,7 +107,7 @@ def _split(data: ImageData, split: str) -> Any:
     if split not in ("test", "validation"):
         raise InputError(f"--split={split} must be test or validation")
     if split == "validation":
-        if data.validation is None:
-            raise InputError("--split=validation: this run held no validation images out; use --split=test")
+        if data.validation is None or not data.validation_is_public:
+            raise InputError("--split=validation: this run has no public validation images; use --split=test")
         return data.validation
     return data.test

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dpsink.checkpoint import CheckpointState
+from dpsink.checkpoint import CheckpointState, write_atomically
 from dpsink.data import LabelledImages, to_uint8
 from dpsink.generators import draw_latents
 
@@ -83,11 +83,15 @@ def synthesize(
     classes = description.num_classes
     samples = generate(generator, balanced_labels(count, classes), num_classes=classes, seed=seed)
     card_path = out.with_name(f"{out.stem}.card.json")
-    # The card first: data never stands without it.
-    card_path.write_text(json.dumps(card, indent=1, default=str) + "\n", encoding="utf-8")
     draft = out.with_name(f".{out.name}.part.npz")
-    np.savez_compressed(draft, images=samples.images.permute(0, 2, 3, 1).numpy(), labels=samples.labels.numpy())
-    draft.replace(out)
+    try:
+        np.savez_compressed(draft, images=samples.images.permute(0, 2, 3, 1).numpy(), labels=samples.labels.numpy())
+        # Data never stand without their card, nor with the card of others.
+        out.unlink(missing_ok=True)
+        write_atomically(card_path, json.dumps(card, indent=1, default=str) + "\n")
+        draft.replace(out)
+    finally:
+        draft.unlink(missing_ok=True)
     return out, card_path
 
 

@@ -26,12 +26,13 @@ from dpsink.checkpoint import (
     write_atomically,
 )
 from dpsink.config import TrialConfig, config_sha256, dump_config
-from dpsink.data import ImageData
+from dpsink.data import ImageData, LabelledImages
 from dpsink.engine import TrialState, initial_state, step
 from dpsink.entropy import Entropy, OsEntropy
 from dpsink.errors import InputError
-from dpsink.evaluation import CLASSIFIERS, WORST_DISTANCE, build_extractor, evaluate
+from dpsink.evaluation import CLASSIFIERS, WORST_DISTANCE, build_extractor, classifier_accuracies, evaluate
 from dpsink.privacy.budget import TrialBudget
+from dpsink.privacy.mechanism import release_counts
 from dpsink.privacy.plan import PrivacyPlan, delta_warning, derive_plan
 from dpsink.privacy.release import check_report
 from dpsink.synthesis import balanced_labels, generate, sample_grid
@@ -39,6 +40,7 @@ from dpsink.synthesis import balanced_labels, generate, sample_grid
 log = logging.getLogger("dpsink")
 
 RUNNING, COMPLETED, DIVERGED = "running", "completed", "diverged"
+LEDGER, SCORE_LEDGER = "ledger", "score-ledger"
 RESERVATION_SECONDS = 5.0  # steps lost to a crash, in time
 RESERVATION_SHARE = 100  # and at most this part of the budget
 
@@ -102,6 +104,7 @@ class TrialRun:
     plan: PrivacyPlan
     budget: TrialBudget
     state: TrialState
+    scores: TrialBudget | None = None  # of a private validation split
     reports: list[Report] = field(default_factory=list)
     seconds: float = 0.0  # spent in steps, over all attempts
 
@@ -116,11 +119,14 @@ class TrialRun:
         state = initial_state(config, data.train)
         saved = read_state(checkpoint) if checkpoint else None
         budget = TrialBudget.open(
-            folder / "ledger", plan.terms(data.fingerprint), witness=saved.witness if saved else None
+            folder / LEDGER, plan.terms(data.fingerprint), witness=saved.witness if saved else None
         )
         run = cls(config, data, folder, entropy, plan, budget, state)
-        if checkpoint and saved:
+        try:
             run._restore(checkpoint, saved)
+        except BaseException:
+            run.__exit__()
+            raise
         return run
 
     def __enter__(self) -> "TrialRun":
@@ -128,13 +134,19 @@ class TrialRun:
 
     def __exit__(self, *_: object) -> None:
         self.budget.close()
+        if self.scores is not None:
+            self.scores.close()
 
-    def _restore(self, checkpoint: Path, saved: CheckpointState) -> None:
-        try:
-            restore_state(checkpoint, self.state)
-        except BaseException:
-            self.budget.close()
-            raise
+    def _restore(self, checkpoint: Path | None, saved: CheckpointState | None) -> None:
+        if self.plan.score_releases:
+            self.scores = TrialBudget.open(
+                self.folder / SCORE_LEDGER,
+                self.plan.score_terms(self.data.fingerprint),
+                witness=saved.score_witness if saved else None,
+            )
+        if checkpoint is None or saved is None:
+            return
+        restore_state(checkpoint, self.state)
         self.reports, self.seconds = list(saved.reports), saved.seconds
         log.info("resuming at step %d of %d; %d charged", self.state.step, self.plan.steps, self.budget.charged)
 
@@ -167,7 +179,7 @@ class TrialRun:
         report = Report(
             step=self.state.step,
             charged=charged,
-            epsilon=self._epsilon(charged),
+            epsilon=self.plan.trial_epsilon(charged, self.scores.charged if self.scores else 0),
             budget_fraction=charged / self.plan.steps,
             steps_per_second=self.state.step / max(self.seconds, 1e-9),
             status=self._status(),
@@ -191,6 +203,7 @@ class TrialRun:
             step=self.state.step,
             seconds=self.seconds,
             witness=self.budget.witness(),
+            score_witness=self.scores.witness() if self.scores else None,
             reports=tuple(self.reports),
         )
         grid = sample_grid(self.state.generator, num_classes=self.data.train.num_classes)
@@ -220,23 +233,36 @@ class TrialRun:
         if reference is None:
             return {}
         settings = self.config.evaluation
+        public = self.data.validation_is_public
         if not self.state.finite:
-            return worst_metrics(settings.classifiers)
+            return worst_metrics(settings.classifiers, distances=public)
         labels = balanced_labels(settings.samples, reference.num_classes)
         samples = generate(self.state.generator, labels, num_classes=reference.num_classes, seed=self.config.seed + 1)
+        if not public:
+            return self._private_scores(samples, reference)
         extractor = build_extractor(settings.extractor, reference)
         return evaluate(samples, reference, extractor=extractor, classifiers=settings.classifiers)
 
+    def _private_scores(self, samples: LabelledImages, reference: LabelledImages) -> dict[str, float]:
+        """Noisy accuracies, the only thing that leaves a private validation split; charged before they are drawn."""
+        names = self.config.evaluation.classifiers
+        if self.scores is not None and self.scores.reserve(1) == 0:
+            # Replays have spent the releases: what was told last stands.
+            return self.reports[-1].metrics if self.reports else worst_metrics(names, distances=False)
+        exact = classifier_accuracies(samples, reference, classifiers=names)
+        counts = torch.tensor([exact[f"accuracy_{name}"] * len(reference) for name in names], dtype=torch.float64)
+        noisy = release_counts(counts, self.plan.score_noise, self.entropy) / len(reference)
+        told = {f"accuracy_{name}": value for name, value in zip(names, noisy.clamp(0, 1).tolist(), strict=True)}
+        return told | ({"accuracy": sum(told.values()) / len(told)} if set(names) == set(CLASSIFIERS) else {})
+
     def _epsilon_at(self, boundary: int) -> float:
-        return self._epsilon(min(self.budget.charged + boundary - self.state.step, self.plan.steps))
-
-    def _epsilon(self, charged: int) -> float:
-        return self.plan.epsilon(charged)
+        return self.plan.epsilon(min(self.budget.charged + boundary - self.state.step, self.plan.steps))
 
 
-def worst_metrics(classifiers: tuple[str, ...]) -> dict[str, float]:
+def worst_metrics(classifiers: tuple[str, ...], *, distances: bool = True) -> dict[str, float]:
     """The finite values that a diverged trial reports, so that a searcher can learn from it."""
     metrics = {"fid": WORST_DISTANCE, "kid": WORST_DISTANCE, "precision": 0.0, "recall": 0.0, "variety": 0.0}
+    metrics = metrics if distances else {}
     accuracies = {f"accuracy_{name}": 0.0 for name in classifiers}
     return metrics | accuracies | ({"accuracy": 0.0} if set(classifiers) == set(CLASSIFIERS) else {})
 

@@ -10,7 +10,7 @@ import torch
 
 from dpsink.checkpoint import latest_checkpoint, load_generator, read_state
 from dpsink.config import TrialConfig, load_config
-from dpsink.data import ImageData
+from dpsink.data import ImageData, load_dataset
 from dpsink.engine import initial_state, learning_rate, step
 from dpsink.errors import InputError
 from dpsink.privacy.budget import charged_steps
@@ -217,7 +217,7 @@ def test_checkpoint_holds_no_statistic_of_the_private_batch(digits: ImageData, t
     told = json.loads((checkpoint / "state.json").read_text())
     assert set(told) == {
         "format", "config", "plan", "image_shape", "num_classes", "data_fingerprint", "step", "seconds",
-        "witness", "reports",
+        "witness", "score_witness", "reports",
     }  # fmt: skip
     assert set(told["reports"][0]) == {
         "step", "charged", "epsilon", "budget_fraction", "steps_per_second", "status", "metrics"
@@ -270,3 +270,45 @@ def test_noise_is_calibrated_to_given_steps(digits: ImageData) -> None:
     plan = derive_plan(load_config(None, [*overrides, "privacy.steps=300"]), len(digits.train))
     assert plan.steps == 300
     assert 9.9 < plan.epsilon(300) <= 10
+
+
+PRIVATE_SCORES = ["data.validation=private", "privacy.score_noise=3"]
+
+
+def test_private_validation_releases_noisy_accuracies_and_nothing_else(digits: ImageData, tmp_path: Path) -> None:
+    data = load_dataset(small(*PRIVATE_SCORES).data)
+    reports = run(small(*PRIVATE_SCORES), data, tmp_path / "run")
+    assert all(set(report.metrics) == {"accuracy_logreg"} for report in reports)
+
+
+def test_private_scores_carry_noise(tmp_path: Path) -> None:
+    """The same generator, scored twice, gets two scores; a count of 180 records has no third decimal."""
+    data = load_dataset(small(*PRIVATE_SCORES).data)
+    scores = [
+        run(small(*PRIVATE_SCORES), data, tmp_path / name, entropy=ReplayedEntropy(seed))[0].metrics
+        for seed, name in enumerate("ab")
+    ]
+    assert all((score["accuracy_logreg"] * 180) % 1 > 1e-9 for score in scores)
+
+
+def test_every_private_score_is_in_a_ledger(tmp_path: Path) -> None:
+    config = small(*PRIVATE_SCORES)
+    run(config, load_dataset(config.data), tmp_path / "run")
+    assert charged_steps(tmp_path / "run" / "score-ledger") == 2
+
+
+def test_trial_with_private_scores_costs_the_larger_of_training_and_scores(tmp_path: Path) -> None:
+    config = small(*PRIVATE_SCORES)
+    last = run(config, load_dataset(config.data), tmp_path / "run")[-1]
+    plan = derive_plan(config, 1437)
+    assert last.epsilon == max(plan.epsilon(6), plan.score_epsilon(2)) == plan.score_epsilon(2)
+
+
+def test_scores_that_cost_more_than_the_target_are_refused() -> None:
+    with pytest.raises(InputError, match=r"score_noise=0\.3.*choose at least"):
+        derive_plan(small("data.validation=private", "privacy.score_noise=0.3"), 1437)
+
+
+def test_private_validation_without_score_noise_is_refused() -> None:
+    with pytest.raises(InputError, match="go together"):
+        small("data.validation=private")

@@ -167,6 +167,19 @@ def class_means_sensitivity(clip_norm: float) -> float:
     return math.sqrt(2) * clip_norm
 
 
+def release_counts(counts: Tensor, noise_multiplier: float, entropy: Entropy) -> Tensor:
+    """Noisy counts of correct answers on private validation records; one Gaussian release.
+
+    One record adds at most one to each of the k counts: the joint sensitivity is √k.
+
+    Args:
+        counts: float64, (k,).
+        noise_multiplier: σ, relative to the sensitivity.
+    """
+    std = noise_multiplier * math.sqrt(counts.numel())
+    return counts + std * gaussian_noise(tuple(counts.shape), entropy)
+
+
 def clip(values: Tensor, bound: float) -> Tensor:
     """Scales to L2 norm at most `bound`, in float64; a non-finite entry counts as zero."""
     values = torch.nan_to_num(values.double(), nan=0.0, posinf=0.0, neginf=0.0)

@@ -1,11 +1,11 @@
 """The one object that derives sampling, noise and the number of steps: nobody else sets σ, q or T."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dpsink.config import PrivacyConfig, TrialConfig
 from dpsink.errors import InputError
-from dpsink.privacy.accounting import epsilon, epsilon_curve, max_steps, noise_multiplier_for
+from dpsink.privacy.accounting import epsilon, max_steps, noise_multiplier_for
 from dpsink.privacy.budget import BudgetTerms
 
 NON_PRIVATE = "NON-PRIVATE"
@@ -24,6 +24,9 @@ class PrivacyPlan:
         steps: T, the most steps that may ever be charged.
         target_epsilon: the bound; inf without privacy.
         delta: of the (ε, δ) guarantee.
+        score_noise: σ of a score on a private validation split; 0 where the split is public or absent.
+        score_releases: scores that may be released.
+        score_records: private validation records, public; disjoint from the N.
     """
 
     mechanism: str
@@ -34,6 +37,9 @@ class PrivacyPlan:
     steps: int
     target_epsilon: float
     delta: float
+    score_noise: float = 0.0
+    score_releases: int = 0
+    score_records: int = 0
 
     @property
     def private(self) -> bool:
@@ -47,13 +53,15 @@ class PrivacyPlan:
             steps=steps, delta=self.delta, sample_rate=self.sample_rate, noise_multiplier=self.noise_multiplier
         )
 
-    def epsilons(self, steps: list[int]) -> list[float]:
-        """`epsilon` for several step counts at the price of one."""
-        if not self.private:
-            return [math.inf] * len(steps)
-        return epsilon_curve(
-            steps=steps, delta=self.delta, sample_rate=self.sample_rate, noise_multiplier=self.noise_multiplier
-        )
+    def score_epsilon(self, releases: int) -> float:
+        """ε that scores spend on the private validation records, which no training step reads."""
+        if not self.private or not self.score_releases:
+            return 0.0
+        return epsilon(steps=releases, delta=self.delta, sample_rate=1.0, noise_multiplier=self.score_noise)
+
+    def trial_epsilon(self, steps: int, releases: int) -> float:
+        """ε of the trial: training and validation records are disjoint, so the larger of the two covers both."""
+        return max(self.epsilon(steps), self.score_epsilon(releases))
 
     def terms(self, data_fingerprint: str) -> BudgetTerms:
         """What a resumed trial must agree on with its ledger."""
@@ -69,25 +77,61 @@ class PrivacyPlan:
             data_fingerprint=data_fingerprint,
         )
 
+    def score_terms(self, data_fingerprint: str) -> BudgetTerms:
+        """The terms of the scores' own ledger: full-batch Gaussian releases on the validation records."""
+        return BudgetTerms(
+            mechanism="score",
+            noise_multiplier=self.score_noise,
+            sample_rate=1.0,
+            clip_norm=1.0,
+            records=self.score_records,
+            delta=self.delta,
+            target_epsilon=self.target_epsilon,
+            steps_allowed=self.score_releases,
+            data_fingerprint=data_fingerprint,
+        )
+
 
 def derive_plan(config: TrialConfig, records: int) -> PrivacyPlan:
     """Derives q, σ and T from a trial's settings and the public number of private records.
 
     Raises:
-        InputError: δ ≥ 1/N, a batch larger than the data, a target that allows no step.
+        InputError: δ ≥ 1/N, a batch larger than the data, a target that allows no step, or not the scores.
     """
     privacy = config.privacy
     _check_delta(privacy, records)
     if config.generator.kind == "class_mean":
-        return _control_plan(privacy, records)
+        return _with_scores(_control_plan(privacy, records), config)
     if privacy.batch_size > records:
         raise InputError(f"privacy.batch_size={privacy.batch_size} must be at most the {records} private records")
     sample_rate = privacy.batch_size / records
     sigma, steps = _noise_and_steps(privacy, sample_rate)
-    return PrivacyPlan(
-        privacy.mechanism, records, sample_rate, sigma, privacy.clip_norm, steps, privacy.target_epsilon,
-        privacy.delta,
-    )  # fmt: skip
+    plan = PrivacyPlan(
+        privacy.mechanism, records, sample_rate, sigma, privacy.clip_norm, steps, privacy.target_epsilon, privacy.delta
+    )
+    return _with_scores(plan, config)
+
+
+def _with_scores(plan: PrivacyPlan, config: TrialConfig) -> PrivacyPlan:
+    """Adds what scores on a private validation split may spend: one release per evaluation point."""
+    noise = config.privacy.score_noise
+    if noise is None or not plan.private:
+        return plan
+    scored = replace(
+        plan,
+        score_noise=noise,
+        score_releases=min(config.evaluation.points, plan.steps),
+        score_records=config.data.validation_size,
+    )
+    if scored.score_epsilon(scored.score_releases) > plan.target_epsilon:
+        smallest = noise_multiplier_for(
+            target_epsilon=plan.target_epsilon, delta=plan.delta, sample_rate=1.0, steps=scored.score_releases
+        )
+        raise InputError(
+            f"privacy.score_noise={noise:g} spends more than epsilon {plan.target_epsilon:g} on "
+            f"{scored.score_releases} scores; choose at least {smallest:.4g}, or fewer evaluation.points"
+        )
+    return scored
 
 
 def delta_warning(config: TrialConfig, records: int) -> str | None:

@@ -42,6 +42,7 @@ CHECKPOINT: dict[str, str] = {
     "step": "a count of steps",
     "seconds": "the clock; see timing among what the guarantee does not cover",
     "witness": "the ledger: counts of steps, and checksums over them",
+    "score_witness": "the ledger of noisy scores: counts of releases, and checksums over them",
     "reports": "a list of reports",
 }
 CHECKPOINT_FILES: dict[str, str] = {

@@ -103,7 +103,7 @@ class RecordMechanism:
         return self.clip_norm
 
     def query(self, generated: Generated, real: Points) -> Tensor:
-        total = torch.zeros(generated.x.images.shape, dtype=torch.float64)
+        total = torch.zeros_like(generated.x.images, dtype=torch.float64)
         for start in range(0, real.images.shape[0], CHUNK):
             total += self._chunk_sum(
                 generated.x, Points(real.images[start : start + CHUNK], real.labels[start : start + CHUNK])
@@ -131,7 +131,7 @@ def sanitize(
     """One release: F(S) + N(0, (σ·sensitivity)²), (n, d), float64. The empty batch is no special case."""
     answer = mechanism.query(generated, real)
     std = noise_multiplier * mechanism.sensitivity
-    return answer + std * gaussian_noise(tuple(answer.shape), entropy)
+    return answer + std * gaussian_noise(tuple(answer.shape), entropy).to(answer.device)
 
 
 def release_class_means(

@@ -116,11 +116,10 @@ def restore_state(checkpoint: Path, state: TrialState) -> None:
     """
     load_weights(checkpoint, state.generator)
     path = checkpoint / "optimizer.safetensors"
+    tensors = _load(path)
     try:
-        _restore_optimizer(state, _load(path))
+        _restore_optimizer(state, tensors)
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path}: does not fit the trial: {' '.join(str(error).split())[:200]}") from None
 
 
@@ -165,11 +164,15 @@ def load_generator(place: Path) -> tuple[nn.Module, CheckpointState]:
 def write_atomically(path: Path, text: str) -> None:
     """Replaces a text file whole, durably."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
     _fsync(path.parent)
 
 

@@ -12,13 +12,14 @@ from dpsink.errors import InputError
 
 app = console.new_app("dpsink", "Train, evaluate and sample one differentially private generator.")
 
+MAX_SEED = 2**32 - 1
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="path.to.key=value, applied after --config")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, logs on stderr")]
 DataRoot = Annotated[
     Path | None, typer.Option(help="folder with torchvision's files; default $DPSINK_DATA_ROOT or ./datasets")
 ]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves it to the tensor library")]
-MAX_SEED = 2**32 - 1
 Run = Annotated[Path, typer.Argument(help="folder of a run, a checkpoint or an export")]
 
 

@@ -208,9 +208,14 @@ def _owner_key() -> bytes:
 
 def _create_key(path: Path) -> bytes:
     """Makes the key once, mode 0600; a process that loses the race reads the winner's."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{os.getpid()}")
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    except OSError as error:
+        raise InputError(
+            f"{path}: the fingerprint key cannot be created ({error.strerror}); set {KEY_FILE_VARIABLE}"
+        ) from None
     with os.fdopen(descriptor, "wb") as file:
         file.write(os.urandom(32))
     try:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 
 from dpsink.checkpoint import (
     CheckpointState,
@@ -82,6 +83,11 @@ def train(
         InputError: the folder belongs to another trial or process, is damaged, or cannot be written.
     """
     with TrialRun.open(config, data, folder, entropy or OsEntropy()) as run:
+        if run.ended and read_result(folder) is None:
+            # A crash came between the last checkpoint and its result: tell the end now.
+            _write_result(run, run.reports[-1])
+            yield run.reports[-1]
+            return
         for boundary in run.boundaries_ahead():
             run.advance(boundary, should_stop, on_progress)
             if should_stop() and run.state.step < boundary:
@@ -150,9 +156,14 @@ class TrialRun:
         self.reports, self.seconds = list(saved.reports), saved.seconds
         log.info("resuming at step %d of %d; %d charged", self.state.step, self.plan.steps, self.budget.charged)
 
+    @property
+    def ended(self) -> bool:
+        """Whether the last report was the final one."""
+        return bool(self.reports) and self.reports[-1].status != RUNNING
+
     def boundaries_ahead(self) -> list[int]:
         """Steps after which a report is due, equally spaced up to T, that lie ahead."""
-        if self.reports and self.reports[-1].status != RUNNING:
+        if self.ended:
             return []
         points = min(self.config.evaluation.points, self.plan.steps)
         boundaries = [math.ceil(self.plan.steps * k / points) for k in range(1, points + 1)]
@@ -270,7 +281,12 @@ def worst_metrics(classifiers: tuple[str, ...], *, distances: bool = True) -> di
 def read_result(folder: Path) -> Report | None:
     """The final report of a run that has ended, None otherwise."""
     path = folder / "result.json"
-    return Report.model_validate(read_json(path)["report"]) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return Report.model_validate(read_json(path).get("report"))
+    except ValidationError:
+        raise InputError(f"{path}: not the result of a run; remove it and run the same command again") from None
 
 
 def _write_result(run: TrialRun, report: Report) -> None:
@@ -287,7 +303,7 @@ def _claim_folder(folder: Path, config: TrialConfig) -> None:
             write_atomically(path, dump_config(config))
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from None
-    if path.read_text(encoding="utf-8") != dump_config(config):
+    if path.read_bytes() != dump_config(config).encode():
         raise InputError(
             f"{folder}: holds another trial (see its config.yaml); choose another --out, or its own settings"
         )

@@ -312,3 +312,16 @@ def test_scores_that_cost_more_than_the_target_are_refused() -> None:
 def test_private_validation_without_score_noise_is_refused() -> None:
     with pytest.raises(InputError, match="go together"):
         small("data.validation=private")
+
+
+def test_crash_between_the_last_checkpoint_and_the_result_is_made_good(digits: ImageData, tmp_path: Path) -> None:
+    reports = run(small(), digits, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    assert run(small(), digits, tmp_path / "run") == reports[-1:]
+    assert read_result(tmp_path / "run") == reports[-1]
+
+
+def test_damaged_result_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(InputError, match=r"result\.json"):
+        read_result(tmp_path)

@@ -23,6 +23,7 @@ class Row:
     record: TrialRecord
     state: str = "pending"
     values: dict[str, float] = field(default_factory=dict)
+    told: str = ""  # the last line printed, off a terminal
 
 
 class Board:
@@ -50,12 +51,13 @@ class Board:
             self._live.stop()
 
     def show(self, record: TrialRecord, state: str, values: dict[str, Any] | None = None) -> None:
-        """Brings a trial's line up to date; off a terminal, prints it when its state or step changed."""
+        """Brings a trial's line up to date; off a terminal, prints it when it has changed."""
         row = self.rows.setdefault(record.name, Row(record))
         row.state = state
         row.values |= {name: float(value) for name, value in (values or {}).items() if _is_number(value)}
-        if not self._terminal:
-            console.err.print(self._line(row), markup=False, soft_wrap=True)
+        if not self._terminal and row.told != (line := self._line(row)):
+            row.told = line
+            console.err.print(line, markup=False, soft_wrap=True)
 
     def restore(self, record: TrialRecord, state: str, values: dict[str, float]) -> None:
         """Puts a trial of an earlier session on the board without a word."""
@@ -63,19 +65,26 @@ class Board:
         self.ended_before += 1
 
     def render(self) -> Group:
-        """The table, and a line with the count, the best so far, the ledger and the ETA."""
-        made = console.table("trial", "σ", "C", "blur", "B", "n", "lr", "ε", "FID", "acc", "state")
-        for row in self.rows.values():
-            _add_row(made, row)
-        return Group(Text(self.title, style="bold"), made, Text(self._summary()))
+        """The latest trials that fit the window; the count, the best so far and the ETA; the ledger."""
+        metric = self._shown_metric
+        header = "acc" if metric == "accuracy" else metric.removeprefix("accuracy_")
+        made = console.table("trial", "σ", "C", "blur", "B", "n", "lr", "ε", "FID", header, "state")
+        made.padding = (0, 0, 0, 1)
+        made.columns[-1].no_wrap = True
+        for row in list(self.rows.values())[-max(5, console.err.height - 6) :]:
+            _add_row(made, row, metric)
+        return Group(Text(self.title, style="bold"), made, Text(self._summary()), Text(self.ledger_text))
+
+    @property
+    def _shown_metric(self) -> str:
+        """What is shown beside FID: what the study optimises."""
+        return "accuracy" if self.objective == "fid" else self.objective
 
     def _summary(self) -> str:
         ended = sum(row.state in schema.ENDED for row in self.rows.values())
         parts = [f"{ended}/{self.total} trials"]
         if best := self._best():
             parts.append(f"best {best.record.name} ({self.objective} {best.values[self.objective]:.3g})")
-        if self.ledger_text:
-            parts.append(self.ledger_text)
         here = ended - self.ended_before
         if here and ended < self.total:
             seconds = (time.monotonic() - self.started) / here * (self.total - ended)
@@ -91,26 +100,28 @@ class Board:
         return max(rows, key=lambda row: sign * row.values[self.objective], default=None)
 
     def _line(self, row: Row) -> str:
-        shown = ("epsilon", "fid", "accuracy", "variety")
+        shown = ("epsilon", "fid", self._shown_metric, "variety")
         values = "  ".join(f"{name} {console.metric_text(row.values[name])}" for name in shown if name in row.values)
         return f"{row.record.name:<24} {row.state:<10} {values}".rstrip()
 
 
-def _add_row(made: Table, row: Row) -> None:
+def _add_row(made: Table, row: Row, metric: str) -> None:
     config, record, values = row.record.config, row.record, row.values
     made.add_row(
         record.name.removeprefix("baseline-")[:12],
         f"{record.noise_multiplier:.3g}",
         f"{config.privacy.clip_norm:.3g}",
         f"{config.sinkhorn.blur:.2g}",
-        f"{record.sample_rate * 100:.1f}%",
+        "all" if record.sample_rate == 1 else str(config.privacy.batch_size),
         str(config.sinkhorn.gen_batch_size),
-        f"{config.optimizer.lr:.1g}",
-        console.metric_text(values.get("epsilon")),
-        console.metric_text(values.get("fid")),
-        console.metric_text(values.get("accuracy")),
-        Text(row.state, style=STATE_STYLES.get(row.state, "")),
+        f"{config.optimizer.lr:.2g}",
+        *(_four_digits(values.get(name)) for name in ("epsilon", "fid", metric)),
+        Text(row.state.removesuffix("_early"), style=STATE_STYLES.get(row.state, "")),
     )
+
+
+def _four_digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
 
 
 def _is_number(value: Any) -> bool:

@@ -24,6 +24,7 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Run a study. To resume it, run the same command again."""
+    from tune.schema import ENDED
     from tune.study import load_study
 
     console.set_up_logging()
@@ -38,11 +39,13 @@ def sweep(
         console.print_json(document)
     else:
         print_summary(document)
-    if outcome.unfinished:
-        console.fail(
-            f"{len(outcome.unfinished)} trials are unfinished; run the same command again to go on",
-            console.INTERRUPTED,
-        )
+    if not outcome.finished:
+        how, code = ("stopped", console.INTERRUPTED) if outcome.interrupted else ("Ray fell over", console.FAILED)
+        ended = sum(state in ENDED for state in document["trials"].values())
+        total = len(study.baselines) + study.algorithm.trials
+        console.fail(f"{how}: {ended} of {total} trials have ended; run the same command again to go on", code)
+    if outcome.best is None:
+        console.fail("no searched trial completed; the reasons are above", console.FAILED)
 
 
 @app.callback()

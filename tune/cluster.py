@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable
 from typing import Any, Protocol
 
 # Ray reads these when it is imported: a quiet console, and no snapshots of what the study folder already holds.
@@ -9,10 +10,14 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "0")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # signals are ours
 
 import ray
 from ray import tune
+from ray.exceptions import RayError
 
+from dpsink import console
+from dpsink.errors import InputError
 from tune.folder import StudyFolder
 from tune.search import StudySearcher
 from tune.study import Study
@@ -21,8 +26,12 @@ from tune.trainable import run_trial
 WORKER_RETRIES = 2  # of one trial whose process died
 
 
-class Interrupted(Exception):
-    """A person, or the system, asked the study to stop."""
+class Interrupted(BaseException):
+    """A person, or the system, asked the study to stop. No Exception: Tune would wait for its workers first."""
+
+
+class Crashed(Exception):
+    """Ray ended before its trials did, for example because a node ran out of memory."""
 
 
 class Listener(Protocol):
@@ -40,12 +49,16 @@ class Listener(Protocol):
 class _Relay(tune.Callback):
     """Passes Tune's events on in our own vocabulary."""
 
-    def __init__(self, listener: Listener) -> None:
-        self.listener = listener
+    def __init__(self, listener: Listener, should_stop: Callable[[], bool]) -> None:
+        self.listener, self.should_stop = listener, should_stop
 
     def __getstate__(self) -> dict[str, Any]:
         """Ray pickles callbacks into a state of its own, which is never used here."""
         return {}
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self.should_stop():
+            raise Interrupted
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         self.listener.progressed(trial.config["trial"], result)
@@ -59,9 +72,21 @@ def run_on_ray(study: Study, folder: StudyFolder, searcher: StudySearcher, liste
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM.
+        Crashed: Ray fell over; what had ended by then is in the study folder.
+        InputError: a trial needs more than the cluster has.
     """
-    _start(study)
-    tuner = tune.Tuner(
+    try:
+        _start(study)
+        with console.stop_on_signals() as should_stop:  # after Ray has set handlers of its own
+            _tuner(study, folder, searcher, _Relay(listener, should_stop)).fit()
+    except (tune.TuneError, RayError) as error:
+        raise Crashed(_last_words(error)) from None
+    finally:
+        ray.shutdown()
+
+
+def _tuner(study: Study, folder: StudyFolder, searcher: StudySearcher, relay: _Relay) -> tune.Tuner:
+    return tune.Tuner(
         tune.with_resources(run_trial, {"cpu": study.resources.cpu}),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
@@ -72,15 +97,11 @@ def run_on_ray(study: Study, folder: StudyFolder, searcher: StudySearcher, liste
         run_config=tune.RunConfig(
             name="ray",
             storage_path=str(folder.path),
-            callbacks=[_Relay(listener)],
+            callbacks=[relay],
             failure_config=tune.FailureConfig(max_failures=WORKER_RETRIES),
             verbose=0,
         ),
     )
-    try:
-        tuner.fit()
-    finally:
-        ray.shutdown()
 
 
 def _start(study: Study) -> None:
@@ -89,9 +110,15 @@ def _start(study: Study) -> None:
             address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
             configure_logging=True,
         )  # fmt: skip
+    there = ray.cluster_resources().get("CPU", 0)
+    if study.resources.cpu > there:
+        raise InputError(f"resources.cpu={study.resources.cpu:g} must be at most the {there:g} CPUs there are")
 
 
 def _last_line(trial: Any) -> str:
-    error = trial.get_error()
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else "the trial's process died"
+    return _last_words(trial.get_error()) or "the trial's process died"
+
+
+def _last_words(error: Any) -> str:
+    lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
+    return lines[-1] if lines else ""

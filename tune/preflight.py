@@ -2,7 +2,7 @@
 
 import itertools
 import math
-import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +49,10 @@ def check_study(study: Study, data_root: Path | None) -> StudyPlan:
     configs = {name: study.baseline(name) for name in study.baselines}
     corners = _corners(study)
     common = _common_settings([*configs.values(), *corners])
+    if common.data.validation == "private":
+        raise InputError(
+            f"study {study.name}: data.validation=private is for single trials; a study selects on public images"
+        )
     data = load_dataset(common.data, root=data_root)
     if data.validation is None:
         raise InputError(
@@ -75,12 +79,11 @@ def cost_of_plan(plan: PrivacyPlan) -> TrialCost:
 
 
 def check_storage(folder: Path) -> None:
-    """Raises InputError where the study's folder cannot be written."""
+    """Raises InputError where the study's folder cannot be made or written; leaves nothing behind."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{os.getpid()}"
-        probe.write_bytes(b"")
-        probe.unlink()
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=place):
+            pass
     except OSError as error:
         raise InputError(f"storage {folder} cannot be written ({error.strerror}); set another storage") from None
 

@@ -8,6 +8,7 @@ without Ray's own state.
 import hashlib
 import json
 import logging
+import math
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ from tune.folder import StudyFolder, TrialEnd, TrialRecord
 from tune.study import Distribution, Study
 
 log = logging.getLogger("dpsink")
+
+MOST_SKIPS = 50  # proposals in a row that afford no step, before the study ends
 
 
 class StudySearcher(Searcher):
@@ -54,11 +57,12 @@ class StudySearcher(Searcher):
         super().__init__(metric=study.objective, mode=schema.mode_of(study.objective))
         self.study, self.folder, self.ledger, self.records = study, folder, ledger, records
         self.worker, self.on_change = dict(worker), on_change
-        self.refused: str | None = None  # the ledger's words, once it has ended the study
+        self.refused: str | None = None  # why no further trial starts, where the study ends early
         self.names: dict[str, str] = {}  # Ray's trial id to our trial name
         self._lock = threading.Lock()
         self._optuna = open_optuna(study, folder)
         self._waiting = self._unfinished()
+        self._forget_orphans()
 
     @property
     def remaining(self) -> int:
@@ -70,8 +74,10 @@ class StudySearcher(Searcher):
     @property
     def unfinished(self) -> bool:
         """Whether there are trials that were decided and have not ended, or that are still to be decided."""
-        ended = sum(self.folder.end_of(record.name) is not None for record in self.folder.trials())
-        return ended < len(self.study.baselines) + self.study.algorithm.trials
+        decided = self.folder.trials()
+        if any(self.folder.end_of(record.name) is None for record in decided):
+            return True
+        return self.refused is None and len(decided) < len(self.study.baselines) + self.study.algorithm.trials
 
     def suggest(self, trial_id: str) -> Any:
         """Ray's question: a configuration, or that there is none left."""
@@ -101,19 +107,22 @@ class StudySearcher(Searcher):
         return {"study": self.study, "metric": self._metric, "mode": self._mode}
 
     def finish(self, name: str, *, failed: bool, error: str | None = None) -> None:
-        """Brings folder, ledger and Optuna up to a trial's end; safe to repeat."""
+        """Brings ledger, Optuna and last the folder up to a trial's end; safe to repeat.
+
+        A driver that dies on the way leaves the trial without its end, and the next session repeats the rest.
+        """
         reports = self.folder.reports(name)
         last = reports[-1] if reports else None
         state: schema.State = "failed"
         if not failed and last is not None:
             state = "stopped_early" if last.status == "running" else last.status  # type: ignore[assignment]
         record = self.folder.read_trial(name)
-        self.folder.end_trial(name, TrialEnd(state=state, error=error))
         charged = charged_to(self.folder, record)
         # A failed trial may be tried again, so it stays charged with its worst case.
         if charged is not None and state != "failed":
             self.ledger.settle(name, charged)
         self._tell(record, state, last.metrics.get(self.study.objective) if last else None)
+        self.folder.end_trial(name, TrialEnd(state=state, error=error))
         self.on_change(name)
 
     def _tell(self, record: TrialRecord, state: str, value: float | None) -> None:
@@ -122,8 +131,8 @@ class StudySearcher(Searcher):
         outcome = optuna.trial.TrialState.COMPLETE
         if state == "stopped_early":
             outcome, value = optuna.trial.TrialState.PRUNED, None
-        elif value is None:
-            outcome = optuna.trial.TrialState.FAIL
+        elif state == "failed" or value is None or math.isnan(value):
+            outcome, value = optuna.trial.TrialState.FAIL, None
         self._optuna.tell(record.number, value, state=outcome, skip_if_finished=True)
 
     def _next_record(self) -> TrialRecord | None:
@@ -137,13 +146,15 @@ class StudySearcher(Searcher):
         return self._next_proposal()
 
     def _next_proposal(self) -> TrialRecord | None:
-        while self.refused is None:
-            searched = [record for record in self.folder.trials() if record.role == schema.ROLE_SEARCH]
-            if len(searched) >= self.study.algorithm.trials:
-                return None
+        searched = [record for record in self.folder.trials() if record.role == schema.ROLE_SEARCH]
+        if self.refused is not None or len(searched) >= self.study.algorithm.trials:
+            return None
+        for _ in range(MOST_SKIPS):
             record = self._propose(f"trial-{len(searched) + 1:04d}")
             if record is not None:
                 return self._start(record)
+        self.refused = f"{MOST_SKIPS} proposals in a row could not be afforded; narrow the space to what can"
+        log.warning("no further trial starts: %s", self.refused)
         return None
 
     def _propose(self, name: str) -> TrialRecord | None:
@@ -155,11 +166,17 @@ class StudySearcher(Searcher):
         except InputError as error:
             # A corner of the space where no step is affordable: it costs nothing, and Optuna learns to avoid it.
             log.warning("skipped a proposal: %s", error)
-            self._optuna.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+            self._give_up(trial.number)
             return None
+
+    def _give_up(self, number: int) -> None:
+        """Tells Optuna that nothing will come of what it proposed."""
+        self._optuna.tell(number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
 
     def _start(self, record: TrialRecord) -> TrialRecord | None:
         if not self._admit(record):
+            if record.number is not None:
+                self._give_up(record.number)
             return None
         self.folder.add_trial(record)
         return record
@@ -178,6 +195,13 @@ class StudySearcher(Searcher):
 
     def _unfinished(self) -> list[TrialRecord]:
         return [record for record in self.folder.trials() if self.folder.end_of(record.name) is None]
+
+    def _forget_orphans(self) -> None:
+        """Proposals whose driver died before it had recorded their trial."""
+        recorded = {record.number for record in self.folder.trials()}
+        for trial in self._optuna.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
+            if trial.number not in recorded:
+                self._give_up(trial.number)
 
     def _known(self) -> set[str]:
         return {record.name for record in self.folder.trials()}

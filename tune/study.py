@@ -1,5 +1,6 @@
 """The study file: base trial, baselines, search space, algorithm, objective, ledger, where results go."""
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,11 +8,13 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dpsink.config import Strict, TrialConfig, flatten, nearest, read_yaml, set_path, validate
+from dpsink.config import EvaluationConfig, Strict, TrialConfig, flatten, nearest, read_yaml, set_path, validate
 from dpsink.errors import InputError
 from tune import schema
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Not to be searched: which records are private, what is promised, and what the trials are compared by.
+COMMON = ("data.", "privacy.target_epsilon", "privacy.delta", "evaluation.")
 
 
 class Distribution(Strict):
@@ -32,8 +35,8 @@ class Distribution(Strict):
                 raise ValueError("choice must list at least one value")
             return self
         low, high = self.bounds
-        if not low < high:
-            raise ValueError(f"[{low}, {high}] must be [low, high] with low < high")
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"[{low}, {high}] must be [low, high] with low < high, both finite")
         if self.log_uniform is not None and low <= 0:
             raise ValueError(f"log_uniform [{low}, {high}] must start above 0")
         return self
@@ -151,12 +154,15 @@ def load_study(path: Path) -> Study:
     for dotted in study.space:
         if dotted not in known:
             raise InputError(f"{path}: space path '{dotted}' does not exist{nearest(dotted, known)}")
+        if dotted.startswith(COMMON):
+            raise InputError(f"{path}: space path '{dotted}' must be the same in all trials; set it in trial instead")
     first = {dotted: space.extremes[0] for dotted, space in study.space.items()}
+    trials = [study.configure(first)]
     for dotted, space in study.space.items():
-        for value in space.extremes:
-            study.configure({**first, dotted: value})
-    for name in study.baselines:
-        study.baseline(name)
+        trials += [study.configure({**first, dotted: value}) for value in space.extremes]
+    trials += [study.baseline(name) for name in study.baselines]
+    for trial in trials:
+        _check_objective(study, trial)
     return study
 
 
@@ -166,14 +172,15 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     Keys of `changes` may be dotted paths.
     """
     merged = {key: merge(value, {}) if isinstance(value, Mapping) else value for key, value in base.items()}
-    for key, value in changes.items():
+    # A `kind` comes before what it is the kind of: it replaces the group.
+    for key, value in sorted(changes.items(), key=lambda change: not change[0].endswith(".kind")):
         head, _, rest = key.partition(".")
         value = {rest: value} if rest else value
         old = merged.get(head)
         if isinstance(value, Mapping) and isinstance(old, Mapping) and not _other_kind(old, value):
             merged[head] = merge(old, value)
         else:
-            merged[head] = merge(value, {}) if isinstance(value, Mapping) else value
+            merged[head] = merge({}, value) if isinstance(value, Mapping) else value
     return merged
 
 
@@ -183,7 +190,21 @@ def _other_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
 
 def _known_paths(study: Study) -> set[str]:
     """Paths of a trial with the base's kind of generator, whatever its values are."""
-    kind = study.trial.get("generator", {}).get("kind", "conv_cond")
+    generator = study.trial.get("generator")
+    kind = generator.get("kind", "conv_cond") if isinstance(generator, Mapping) else "conv_cond"
     privacy = {} if kind == "class_mean" else {"noise_multiplier": 1.0}
     shape = validate(TrialConfig, {"generator": {"kind": kind}, "privacy": privacy}, source=study.name)
     return set(flatten(shape))
+
+
+def _check_objective(study: Study, trial: TrialConfig) -> None:
+    """Every trial has to report what the search optimises."""
+    every = EvaluationConfig().classifiers
+    needed = every if study.objective == "accuracy" else [n for n in every if study.objective == f"accuracy_{n}"]
+    if not needed and trial.data.validation == "private":
+        raise InputError(f"study {study.name}: objective '{study.objective}' needs data.validation=public")
+    if missing := [name for name in needed if name not in trial.evaluation.classifiers]:
+        raise InputError(
+            f"study {study.name}: objective '{study.objective}' needs evaluation.classifiers to hold "
+            f"{', '.join(missing)}; add it, or choose another objective"
+        )

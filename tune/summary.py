@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dpsink import console
+from dpsink.privacy.plan import NON_PRIVATE
 from tune import schema
 from tune.folder import TrialRecord
 from tune.study import Study
@@ -26,7 +27,7 @@ def summarise(outcome: Outcome, study: Study) -> dict[str, Any]:
         "objective": study.objective,
         "runs": [_describe(outcome, record) for record in chosen],
         "statement": outcome.statement,
-        "stopped_by_ledger": outcome.stopped_by_ledger,
+        "ended_early": outcome.ended_early,
         "seconds": round(outcome.seconds, 1),
         "folder": str(folder.path),
         "tracking_uri": schema.shown_uri(outcome.record.tracking_uri),
@@ -36,23 +37,27 @@ def summarise(outcome: Outcome, study: Study) -> dict[str, Any]:
 def print_summary(document: dict[str, Any]) -> None:
     """The document for people."""
     _print_runs(document)
-    statement = document["statement"]
     out = console.out
-    study_epsilon = statement["study_epsilon"]
-    claim = "no claim for the whole study" if study_epsilon is None else f"whole study ε ≤ {study_epsilon:.4g}"
-    out.print(
-        f"\nprivacy: each trial ε ≤ {statement['trial_epsilon']:.4g}, {claim}, "
-        f"δ = {statement['study_delta']:g} (spent so far: {statement['spent']:.4g})",
-        markup=False, soft_wrap=True,
-    )  # fmt: skip
+    out.print(f"\nprivacy: {_privacy_text(document['statement'])}", markup=False, soft_wrap=True)
     for name, error in document["failed"].items():
         out.print(f"failed: {name}: {error}", markup=False, soft_wrap=True)
-    if document["stopped_by_ledger"]:
-        out.print(f"ended by the ledger: {document['stopped_by_ledger']}", markup=False, soft_wrap=True)
+    if document["ended_early"]:
+        out.print(f"ended early: {document['ended_early']}", markup=False, soft_wrap=True)
     out.print(f"time:    {document['seconds']:.0f} s", markup=False)
     out.print(f"folder:  {document['folder']}", markup=False, soft_wrap=True)
     out.print(f"runs:    mlflow server --backend-store-uri {document['tracking_uri']}", markup=False, soft_wrap=True)
     out.print(f"next:    dpsink-analysis best {_shell_path(document['folder'])}", markup=False, soft_wrap=True)
+
+
+def _privacy_text(statement: dict[str, Any]) -> str:
+    if statement["non_private"]:
+        return f"{NON_PRIVATE}: trained without noise, nothing is promised"
+    study_epsilon = statement["study_epsilon"]
+    claim = "no claim for the whole study" if study_epsilon is None else f"whole study ε ≤ {study_epsilon:.4g}"
+    return (
+        f"each trial ε ≤ {statement['trial_epsilon']:.4g}, {claim}, "
+        f"δ = {statement['study_delta']:g} (spent so far: {statement['spent']:.4g})"
+    )
 
 
 def _print_runs(document: dict[str, Any]) -> None:

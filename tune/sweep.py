@@ -2,6 +2,7 @@
 
 import fcntl
 import logging
+import math
 import os
 import time
 import uuid
@@ -16,7 +17,7 @@ from dpsink.config import dump_config
 from dpsink.data import default_root
 from dpsink.errors import InputError
 from dpsink.judging import judge
-from dpsink.privacy.ledger import StudyLedger
+from dpsink.privacy.ledger import StudyLedger, planned_epsilon
 from dpsink.training import use_threads
 from tune import schema
 from tune.board import Board
@@ -37,10 +38,11 @@ class Outcome:
 
     folder: StudyFolder
     record: StudyRecord
-    unfinished: tuple[str, ...]
+    finished: bool
+    interrupted: bool  # by a person or the system; otherwise an unfinished study fell over
     best: TrialRecord | None
     statement: dict[str, Any]
-    stopped_by_ledger: str | None
+    ended_early: str | None  # why no further trial started, where there were more to come
     seconds: float
 
 
@@ -53,35 +55,45 @@ def run_study(study: Study, *, data_root: Path | None = None, retry_failed: bool
     started = time.monotonic()
     folder = StudyFolder(study.storage.absolute() / study.name)
     plan = check_study(study, data_root)
+    planned_epsilon(plan.costs, plan.delta, **_ledger_policy(study, plan))
     check_storage(folder.path)
+    check_tracking(folder.read_study().tracking_uri if folder.exists else tracking_uri(study))
+    # Until here nothing is written: a study that is refused leaves nothing behind.
     with only_one(folder):
         record = _open_study(study, folder, plan)
-        check_tracking(record.tracking_uri)
         if retry_failed:
             _forget_failures(folder)
         with open_ledger(study, folder, plan) as ledger:
             session = _Session(study, folder, plan, ledger, (data_root or default_root()).absolute())
-            session.run()
-            statement = session.close()
+            try:
+                session.run()
+            finally:
+                statement = session.close()
     return Outcome(
         folder=folder,
         record=record,
-        unfinished=tuple(trial.name for trial in folder.trials() if folder.end_of(trial.name) is None),
+        finished=session.finished,
+        interrupted=session.interrupted,
         best=select_best(folder, study),
         statement=statement,
-        stopped_by_ledger=session.searcher.refused,
+        ended_early=session.searcher.refused,
         seconds=time.monotonic() - started,
     )
 
 
 def open_ledger(study: Study, folder: StudyFolder, plan: StudyPlan) -> StudyLedger:
     """The study's privacy account, created with its promise before the first trial."""
-    costs_may_vary = any(path in COSTLY for path in study.space)
     return StudyLedger.open(
-        folder.ledger, delta=plan.delta, planned=plan.costs, policy=study.ledger.policy,
-        study_epsilon=study.ledger.study_epsilon if plan.private else float("inf"), adaptive=costs_may_vary,
-        witness=folder.witness(),
-    )  # fmt: skip
+        folder.ledger, delta=plan.delta, planned=plan.costs, witness=folder.witness(), **_ledger_policy(study, plan)
+    )
+
+
+def _ledger_policy(study: Study, plan: StudyPlan) -> dict[str, Any]:
+    return {
+        "policy": study.ledger.policy,
+        "study_epsilon": study.ledger.study_epsilon if plan.private else math.inf,
+        "adaptive": any(path in COSTLY for path in study.space),
+    }
 
 
 # Searched paths that decide what a trial costs; with none of them the list of costs is fixed in advance.
@@ -113,18 +125,26 @@ class _Session:
         self.study, self.folder, self.plan, self.ledger, self.data_root = study, folder, plan, ledger, data_root
         total = len(study.baselines) + study.algorithm.trials
         self.board = Board(f"study {study.name}", total, study.objective)
+        self.finished = self.interrupted = False
         self._write_statement()
-        self.tracker = MLflowTracker(folder.read_study().tracking_uri, folder)
         worker = {"data_root": str(data_root), "threads": 1}
         self.searcher = StudySearcher(study, folder, ledger, len(plan.data.train), worker, self._changed)
         self._restore_board()
+        self.tracker = MLflowTracker(folder.read_study().tracking_uri, folder)
 
     def run(self) -> None:
+        """Runs the trials, and judges the chosen ones when no trial is left."""
+        self._run_trials()
+        if not self.interrupted and not self.searcher.unfinished:
+            self._judge_chosen()
+            self.finished = True
+
+    def _run_trials(self) -> None:
         """Lets Ray work until no trial is left, taking up again what a crash of Ray left unfinished."""
         with self.board:
             for session in range(SESSIONS):
                 if session:
-                    log.warning("Ray stopped before the study was finished; starting it again")
+                    log.warning("the study is not finished; starting Ray again")
                     self.searcher = StudySearcher(
                         self.study, self.folder, self.ledger, len(self.plan.data.train), self.searcher.worker,
                         self._changed,
@@ -133,13 +153,10 @@ class _Session:
                     return
 
     def close(self) -> dict[str, Any]:
-        """Judges the chosen runs on the test split, writes the statement, closes the books."""
-        finished = self.searcher.remaining == 0 or self.searcher.refused is not None
-        if finished:
-            self._judge_chosen()
+        """Writes the statement and closes the books, however the session ended."""
         statement = self._write_statement()
         self.tracker.poke()
-        self.tracker.close(study="completed" if finished else "interrupted")
+        self.tracker.close(study="completed" if self.finished else "interrupted")
         return statement
 
     def progressed(self, name: str, values: dict[str, Any]) -> None:
@@ -153,14 +170,16 @@ class _Session:
         self._changed(name)
 
     def _fit(self) -> bool:
-        """One run of Ray Tune; True if it, or the person at the keyboard, ended it on purpose."""
-        from tune.cluster import Interrupted, run_on_ray
+        """One run of Ray Tune; False if it fell over before the study was finished."""
+        from tune.cluster import Crashed, Interrupted, run_on_ray
 
         try:
             run_on_ray(self.study, self.folder, self.searcher, self)
         except Interrupted:
-            return True
-        return self.searcher.refused is not None or not self.searcher.unfinished
+            self.interrupted = True
+        except Crashed as error:
+            log.warning("Ray fell over: %s", error)
+        return self.interrupted or not self.searcher.unfinished
 
     def _changed(self, name: str) -> None:
         self.folder.write_witness(self.ledger.witness())
@@ -208,6 +227,7 @@ def _shown(epsilon: float | None) -> str:
 @contextmanager
 def only_one(folder: StudyFolder) -> Iterator[None]:
     """Refuses a second sweep on the same study."""
+    folder.path.mkdir(parents=True, exist_ok=True)
     with (folder.path / ".lock").open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -242,7 +262,6 @@ def _open_study(study: Study, folder: StudyFolder, plan: StudyPlan) -> StudyReco
         objectives=(study.objective,),
         searched=tuple(study.space),
     )
-    check_tracking(record.tracking_uri)  # before the folder exists: nothing is left behind by a wrong address
     folder.write_study(record, text)
     return record
 

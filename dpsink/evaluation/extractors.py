@@ -172,7 +172,11 @@ def _load_inception(path: Path) -> Extractor:
         with torch.random.fork_rng(devices=[]):
             network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, TypeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # Torch's own words on a refused pickle advise to load it all the same.
+        refused = isinstance(error, pickle.UnpicklingError)
+        reason = (
+            "it holds more than tensors" if refused else (str(error).strip() or type(error).__name__).splitlines()[0]
+        )
         raise InputError(
             f"{path}: not torch-fidelity's Inception weights ({reason}); fetch {URL_INCEPTION_V3}"
         ) from None

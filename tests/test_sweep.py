@@ -1,0 +1,724 @@
+"""Whole studies: through Ray to their end, and through every way of being interrupted.
+
+The slow tests share two studies. `finished` ran undisturbed; `stormy` lost its driver, then a worker, and was then
+stopped by hand, before it was let finish.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from ray.exceptions import RaySystemError
+from ray.tune import TuneError
+
+from dpsink.data import load_dataset
+from dpsink.privacy.budget import charged_steps
+from dpsink.training import train
+from tune import cli, cluster, schema
+from tune.cluster import Crashed, Interrupted
+from tune.folder import StudyFolder
+from tune.search import open_optuna
+from tune.study import Study, load_study
+from tune.summary import print_summary, summarise
+from tune.sweep import Outcome, only_one, run_study
+from tune.tracking import connect
+
+SLOW = pytest.mark.slow
+PATIENCE = 120  # seconds after which something that should happen has not
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Storage of all studies here; they share a database, which takes seconds to make."""
+    return tmp_path_factory.mktemp("storage")
+
+
+def write_study(root: Path, name: str, *, steps: int = 20, points: int = 2, trials: int = 3, **changes: Any) -> Path:
+    """The file of a small study: a control, and a search over the learning rate."""
+    tree: dict[str, Any] = {
+        "name": name,
+        "trial": {
+            "generator": {"latent_dim": 4, "hidden_dim": 4, "embed_dim": 4},
+            "sinkhorn": {"cost": "l2", "gen_batch_size": 10},
+            "privacy": {"noise_multiplier": 3, "delta": 5e-5, "batch_size": 100, "step_limit": steps},
+            "evaluation": {"points": points, "samples": 100, "classifiers": ["logreg"]},
+        },
+        "baselines": {
+            "control": {
+                "generator": {"kind": "class_mean"},
+                "privacy": {"noise_multiplier": None, "step_limit": None},
+            },
+        },
+        "space": {"optimizer.lr": {"log_uniform": [1e-3, 1e-2]}},
+        "algorithm": {"kind": "optuna", "trials": trials},
+        "objective": "accuracy_logreg",
+        "test_samples": 100,
+        "tracking": {"uri": f"sqlite:///{root}/mlflow.db"},
+        "storage": str(root),
+    }
+    path = root / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({**tree, **changes}), encoding="utf-8")
+    return path
+
+
+def folder_of(path: Path) -> StudyFolder:
+    study = load_study(path)
+    return StudyFolder(study.storage / study.name)
+
+
+def states(folder: StudyFolder) -> dict[str, str | None]:
+    ends = {record.name: folder.end_of(record.name) for record in folder.trials()}
+    return {name: end.state if end else None for name, end in ends.items()}
+
+
+def attempts(folder: StudyFolder, name: str) -> int:
+    """How often a trial was started."""
+    return len(list((folder.run(name) / "ledger").glob("[0-9][0-9][0-9][0-9][0-9][0-9].json")))
+
+
+def step_of(folder: StudyFolder, name: str) -> int:
+    """Step of a trial's last report, 0 before the first."""
+    reports = folder.reports(name)
+    return reports[-1].step if reports else 0
+
+
+def runs_of(folder: StudyFolder, kind: str = schema.KIND_TRIAL) -> list[Any]:
+    """The study's runs in MLflow."""
+    record = folder.read_study()
+    client = connect(record.tracking_uri)
+    experiment = client.get_experiment_by_name(record.experiment)
+    assert experiment
+    query = f"tags.`{schema.KIND_TAG}` = '{kind}' and tags.`{schema.STUDY_ID_TAG}` = '{record.study_id}'"
+    return list(client.search_runs([experiment.experiment_id], query))
+
+
+def statuses(folder: StudyFolder) -> dict[str, str]:
+    """Trial to MLflow's status; fails where a trial has two runs."""
+    runs = runs_of(folder)
+    told = {run.data.tags[schema.TRIAL_ID_TAG]: run.info.status for run in runs}
+    assert len(told) == len(runs)
+    return told
+
+
+def study_status(folder: StudyFolder) -> str:
+    (run,) = runs_of(folder, schema.KIND_STUDY)
+    return run.info.status
+
+
+def files_of(folder: StudyFolder) -> dict[str, str]:
+    """Content of all that a study's trials left behind."""
+    files = (path for path in (folder.path / "trials").rglob("*") if path.is_file() and path.name != "lock")
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def sweep(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """`dpsink-tune sweep` in this process: exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["dpsink-tune", "sweep", str(path)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    told = capsys.readouterr()
+    return int(caught.value.code or 0), told.out, told.err
+
+
+def refused(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a sweep is refused."""
+    monkeypatch.setattr(cluster, "run_on_ray", lambda *_: pytest.fail("Ray was started"))
+    code, out, err = sweep(path, monkeypatch, capsys)
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    return line
+
+
+@pytest.fixture(scope="module")
+def finished(root: Path) -> tuple[Path, Outcome]:
+    """A study that ran undisturbed."""
+    path = write_study(root, "finished")
+    return path, run_study(load_study(path))
+
+
+@SLOW
+def test_every_trial_of_a_study_is_completed_once(finished: tuple[Path, Outcome]) -> None:
+    folder = finished[1].folder
+    assert states(folder) == dict.fromkeys(["baseline-control", "trial-0001", "trial-0002", "trial-0003"], "completed")
+    assert [attempts(folder, name) for name in states(folder)] == [1, 1, 1, 1]
+    assert finished[1].finished
+
+
+@SLOW
+def test_mlflow_shows_every_trial_once_and_finished(finished: tuple[Path, Outcome]) -> None:
+    folder = finished[1].folder
+    assert statuses(folder) == dict.fromkeys(states(folder), "FINISHED")
+    assert study_status(folder) == "FINISHED"
+
+
+@SLOW
+def test_no_trial_spends_more_than_its_target(finished: tuple[Path, Outcome]) -> None:
+    folder = finished[1].folder
+    spent = [folder.reports(name)[-1].epsilon for name in states(folder)]
+    assert all(0 < epsilon <= 10 for epsilon in spent)
+
+
+@SLOW
+def test_the_statement_bounds_the_whole_study(finished: tuple[Path, Outcome]) -> None:
+    statement = json.loads((finished[1].folder.path / "statement.json").read_text())
+    assert statement == finished[1].statement
+    assert 10 < statement["spent"] <= statement["study_epsilon"]
+
+
+@SLOW
+def test_every_generator_carries_the_statement_of_its_study(finished: tuple[Path, Outcome]) -> None:
+    folder = finished[1].folder
+    texts = [(folder.run(name) / "statement.json").read_text() for name in states(folder)]
+    assert [json.loads(text) for text in texts] == [finished[1].statement] * 4
+
+
+@SLOW
+def test_the_best_and_the_baselines_alone_are_judged_on_the_test_split(finished: tuple[Path, Outcome]) -> None:
+    folder, best = finished[1].folder, finished[1].best
+    assert best
+    judged = {name for name in states(folder) if folder.test_metrics(name)}
+    assert judged == {"baseline-control", best.name}
+
+
+@SLOW
+def test_the_best_has_the_best_objective_of_the_searched_trials(finished: tuple[Path, Outcome]) -> None:
+    folder, best = finished[1].folder, finished[1].best
+    scores = {name: folder.reports(name)[-1].metrics["accuracy_logreg"] for name in states(folder) if "trial-" in name}
+    assert best
+    assert scores[best.name] == max(scores.values())
+
+
+@SLOW
+def test_optuna_knows_the_result_of_every_searched_trial(finished: tuple[Path, Outcome]) -> None:
+    folder = finished[1].folder
+    records = [record for record in folder.trials() if record.role == schema.ROLE_SEARCH]
+    told = {trial.number: trial.value for trial in open_optuna(load_study(finished[0]), folder).trials}
+    assert told == {
+        record.number: folder.reports(record.name)[-1].metrics["accuracy_logreg"] for record in records
+    }  # fmt: skip
+
+
+@SLOW
+def test_a_finished_study_run_again_starts_nothing_and_changes_nothing(
+    finished: tuple[Path, Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, outcome = finished
+    monkeypatch.setattr(cluster, "run_on_ray", lambda *_: pytest.fail("Ray was started"))
+    before = files_of(outcome.folder), [run.to_dictionary() for run in runs_of(outcome.folder)]
+    again = run_study(load_study(path))
+    assert (again.finished, again.statement, again.best) == (True, outcome.statement, outcome.best)
+    assert (files_of(outcome.folder), [run.to_dictionary() for run in runs_of(outcome.folder)]) == before
+    assert study_status(outcome.folder) == "FINISHED"
+
+
+@SLOW
+def test_other_settings_under_the_same_name_are_refused(
+    finished: tuple[Path, Outcome], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, outcome = finished
+    before, text = files_of(outcome.folder), path.read_text()
+    try:
+        write_study(path.parent, "finished", trials=4)
+        message = refused(path, monkeypatch, capsys)
+    finally:
+        path.write_text(text)
+    assert "settings differ" in message
+    assert files_of(outcome.folder) == before
+
+
+@SLOW
+def test_a_study_whose_ledger_vanished_is_refused(
+    finished: tuple[Path, Outcome], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path, outcome = finished
+    outcome.folder.ledger.rename(tmp_path / "away")
+    try:
+        message = refused(path, monkeypatch, capsys)
+    finally:
+        for left in outcome.folder.ledger.glob("*"):
+            left.unlink()
+        outcome.folder.ledger.rmdir()
+        (tmp_path / "away").rename(outcome.folder.ledger)
+    assert "what was spent is no longer known" in message
+
+
+# A storm.
+
+
+def identity(pid: int) -> tuple[int, str] | None:
+    """A process that cannot be mistaken for a later one of the same number: its id and its start time."""
+    with suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        if fields[0] != "Z":
+            return pid, fields[19]
+    return None
+
+
+def family(pid: int) -> set[tuple[int, str]]:
+    """A process and all its descendants."""
+    parents: dict[int, int] = {}
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            parents[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {known for member in found if (known := identity(member))}
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
+    """The condition's first true value."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    pytest.fail(f"waited {seconds:.0f} s for {what}")
+
+
+class Command:
+    """`python -m tune sweep` in a process of its own, with whatever Ray starts for it."""
+
+    def __init__(self, path: Path) -> None:
+        self.log = path.with_suffix(".log").open("w+")
+        command = [sys.executable, "-m", "tune", "sweep", str(path), "--json"]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=self.log, text=True, start_new_session=True
+        )
+        self.members: set[tuple[int, str]] = set()
+
+    def look(self) -> None:
+        """Takes down which processes belong to it, while their parents are there to tell."""
+        self.members |= family(self.process.pid)
+
+    def kill(self, pid: int) -> None:
+        """kill -9, of one of its own processes only."""
+        self.look()
+        assert pid in {member for member, _ in self.members}
+        os.kill(pid, signal.SIGKILL)
+
+    def left(self) -> set[tuple[int, str]]:
+        """Its processes that still run."""
+        return {member for member in self.members if identity(member[0]) == member}
+
+    def errors(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
+
+    def clean_up(self) -> None:
+        self.look()
+        for pid, _ in self.left():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.communicate()
+        self.log.close()
+
+
+@dataclass
+class Storm:
+    """What was seen on the way."""
+
+    folder: StudyFolder
+    second_sweep: tuple[int, str] = (0, "")
+    survivors: set[tuple[int, str]] = field(default_factory=set)  # of the driver's death
+    ended_before: list[str] = field(default_factory=list)  # trials that had ended when the driver died
+    at_death: int = 0  # step of the trial that was running
+    at_worker_death: tuple[int, int] = (0, 0)  # step, attempts
+    after_worker_death: tuple[int, int] = (0, 0)
+    stop: tuple[int, float, str] = (0, 0.0, "")  # exit code, seconds, stderr
+    shown_after_stop: dict[str, str] = field(default_factory=dict)
+    study_after_stop: str = ""
+    left_after_stop: set[tuple[int, str]] = field(default_factory=set)
+    finish: tuple[int, str] = (0, "")
+
+
+RUNNER = "trial-0001"  # who is hit each time
+STEPS, POINTS = 900, 9
+
+
+@pytest.fixture(scope="module")
+def stormy(root: Path) -> Storm:
+    """A study that lost its driver, then a worker, was then stopped by hand, and finished."""
+    path = write_study(root, "stormy", steps=STEPS, points=POINTS)
+    storm = Storm(folder_of(path))
+    commands: list[Command] = []
+
+    def start() -> Command:
+        commands.append(Command(path))
+        return commands[-1]
+
+    try:
+        lose_the_driver(start(), path, storm)
+        command = start()  # at once, while what the first left behind may still be dying
+        lose_a_worker(command, storm)
+        stop_by_hand(command, storm)
+        out, _ = (command := start()).process.communicate(timeout=PATIENCE)
+        storm.finish = command.process.returncode, out
+    finally:
+        for command in commands:
+            command.clean_up()
+    return storm
+
+
+def lose_the_driver(command: Command, path: Path, storm: Storm) -> None:
+    folder = storm.folder
+    wait_for(lambda: folder.exists, "the study's folder")
+    second = subprocess.run(
+        [sys.executable, "-m", "tune", "sweep", str(path)], capture_output=True, text=True, timeout=PATIENCE
+    )
+    storm.second_sweep = second.returncode, second.stderr
+    storm.at_death = wait_for(lambda: step_of(folder, RUNNER), "a first checkpoint")
+    command.kill(command.process.pid)
+    command.process.wait()
+    storm.ended_before = [name for name, state in states(folder).items() if state]
+    try:
+        wait_for(lambda: not command.left(), "Ray to follow its driver", seconds=30)
+    except pytest.fail.Exception:
+        storm.survivors = command.left()
+
+
+def lose_a_worker(command: Command, storm: Storm) -> None:
+    folder = storm.folder
+    wait_for(lambda: step_of(folder, RUNNER) > storm.at_death, "the trial to go on")
+    storm.at_worker_death = step_of(folder, RUNNER), attempts(folder, RUNNER)
+    holder = (folder.run(RUNNER) / "ledger" / "lock").read_text().split()[0]
+    command.kill(int(holder))
+    wait_for(lambda: step_of(folder, RUNNER) > storm.at_worker_death[0] + 1, "the trial to go on once more")
+    storm.after_worker_death = step_of(folder, RUNNER), attempts(folder, RUNNER)
+
+
+def stop_by_hand(command: Command, storm: Storm) -> None:
+    command.look()
+    started = time.monotonic()
+    command.process.send_signal(signal.SIGINT)
+    command.process.wait(PATIENCE)
+    storm.stop = command.process.returncode, time.monotonic() - started, command.errors()
+    storm.shown_after_stop = statuses(storm.folder)
+    storm.study_after_stop = study_status(storm.folder)
+    storm.left_after_stop = command.left()
+
+
+@SLOW
+def test_a_second_sweep_of_a_running_study_is_refused_in_one_line(stormy: Storm) -> None:
+    code, err = stormy.second_sweep
+    assert code == 2
+    (line,) = err.splitlines()
+    assert "already being run by process" in line
+
+
+@SLOW
+def test_nothing_outlives_a_driver_that_was_killed(stormy: Storm) -> None:
+    assert stormy.survivors == set()
+
+
+@SLOW
+def test_a_trial_goes_on_from_its_checkpoint_after_its_driver_was_killed(stormy: Storm) -> None:
+    assert stormy.at_worker_death[0] > stormy.at_death > 0
+    assert stormy.at_worker_death[1] == 2
+
+
+@SLOW
+def test_a_trial_goes_on_from_its_checkpoint_after_its_worker_was_killed(stormy: Storm) -> None:
+    assert stormy.after_worker_death[0] > stormy.at_worker_death[0]
+    assert stormy.after_worker_death[1] == stormy.at_worker_death[1] + 1
+
+
+@SLOW
+def test_ctrl_c_ends_a_sweep_soon_and_says_how_to_go_on(stormy: Storm) -> None:
+    code, seconds, err = stormy.stop
+    assert code == 130
+    assert seconds < 20
+    assert "Traceback" not in err
+    assert "run the same command again to go on" in err.splitlines()[-1]
+
+
+@SLOW
+def test_ctrl_c_leaves_no_process_behind(stormy: Storm) -> None:
+    assert stormy.left_after_stop == set()
+
+
+@SLOW
+def test_mlflow_shows_a_stopped_study_as_killed(stormy: Storm) -> None:
+    assert stormy.study_after_stop == "KILLED"
+    assert stormy.shown_after_stop[RUNNER] == "KILLED"
+    assert set(stormy.shown_after_stop.values()) <= {"KILLED", "FINISHED"}
+
+
+@SLOW
+def test_the_same_command_finishes_what_was_interrupted(stormy: Storm) -> None:
+    code, out = stormy.finish
+    assert code == 0
+    assert json.loads(out)["trials"] == states(stormy.folder)
+    assert states(stormy.folder) == dict.fromkeys(
+        ["baseline-control", "trial-0001", "trial-0002", "trial-0003"], "completed"
+    )
+
+
+@SLOW
+def test_a_trial_that_had_ended_is_not_run_again(stormy: Storm) -> None:
+    assert "baseline-control" in stormy.ended_before
+    assert {attempts(stormy.folder, name) for name in stormy.ended_before} == {1}
+
+
+@SLOW
+def test_a_storm_leaves_one_finished_run_for_each_trial(stormy: Storm) -> None:
+    assert statuses(stormy.folder) == dict.fromkeys(states(stormy.folder), "FINISHED")
+    assert study_status(stormy.folder) == "FINISHED"
+
+
+@SLOW
+def test_no_metric_is_logged_twice_and_none_is_lost(stormy: Storm) -> None:
+    client = connect(stormy.folder.read_study().tracking_uri)
+    for run in runs_of(stormy.folder):
+        history = client.get_metric_history(run.info.run_id, schema.EPSILON)
+        reports = stormy.folder.reports(run.data.tags[schema.TRIAL_ID_TAG])
+        assert [(point.step, point.value) for point in history] == [(one.step, one.epsilon) for one in reports]
+
+
+@SLOW
+def test_a_trial_reports_each_point_once_however_often_it_was_interrupted(stormy: Storm) -> None:
+    steps = [report.step for report in stormy.folder.reports(RUNNER)]
+    expected = [STEPS * point // POINTS for point in range(1, POINTS + 1)]
+    assert steps[:-1] == expected[: len(steps) - 1]
+    # Replayed steps are charged again, so that the budget may end before the last point.
+    assert expected[len(steps) - 2] < steps[-1] <= expected[len(steps) - 1]
+
+
+@SLOW
+def test_every_step_is_charged_and_none_beyond_the_budget(stormy: Storm) -> None:
+    for name in states(stormy.folder):
+        charged = charged_steps(stormy.folder.run(name) / "ledger")
+        assert step_of(stormy.folder, name) <= charged <= stormy.folder.read_trial(name).steps
+
+
+@SLOW
+def test_steps_that_a_kill_made_run_twice_are_charged_twice(stormy: Storm) -> None:
+    """Killed twice in the middle of a reservation, the trial has spent its budget before its last step."""
+    assert charged_steps(stormy.folder.run(RUNNER) / "ledger") > step_of(stormy.folder, RUNNER)
+
+
+@SLOW
+def test_no_trial_of_a_storm_spends_more_than_its_target(stormy: Storm) -> None:
+    assert all(stormy.folder.reports(name)[-1].epsilon <= 10 for name in states(stormy.folder))
+
+
+# Without Ray.
+
+
+class Inline:
+    """Ray's place taken by a loop in this process, which may fall over."""
+
+    def __init__(self, *faults: BaseException) -> None:
+        self.faults = list(faults)  # one for each time it is started, raised after one trial
+        self.starts = 0
+
+    def __call__(self, study: Study, folder: StudyFolder, searcher: Any, listener: Any) -> None:
+        self.starts += 1
+        for number in range(searcher.remaining):
+            suggestion = searcher.suggest(str(number))
+            if suggestion == "FINISHED":
+                return
+            if number and self.faults:
+                raise self.faults.pop(0)
+            record = folder.read_trial(suggestion["trial"])
+            for report in train(record.config, load_dataset(record.config.data), folder.run(record.name)):
+                listener.progressed(record.name, report.metrics)
+            searcher.on_trial_complete(str(number))
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Inline]:
+    """Puts it there, and spares the last word on the test split, which takes seconds."""
+    monkeypatch.setattr("tune.sweep.judge", lambda *_, **__: {"metrics": {"accuracy_logreg": 0.5}})
+
+    def place(*faults: BaseException) -> Inline:
+        made = Inline(*faults)
+        monkeypatch.setattr(cluster, "run_on_ray", made)
+        return made
+
+    return place
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """Leaves the handlers of this process as they were."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_crash_of_ray_is_taken_up_again(root: Path, inline: Callable[..., Inline]) -> None:
+    ray_place = inline(Crashed("out of memory"))
+    outcome = run_study(load_study(write_study(root, "crashed", steps=4, points=1, trials=2)))
+    assert (outcome.finished, ray_place.starts) == (True, 2)
+    assert set(states(outcome.folder).values()) == {"completed"}
+
+
+def test_when_ray_keeps_crashing_the_sweep_fails_and_says_how_to_go_on(
+    root: Path,
+    inline: Callable[..., Inline],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ray_place = inline(*[Crashed("out of memory")] * 9)
+    path = write_study(root, "crashing", steps=4, points=1, trials=8)
+    code, _, err = sweep(path, monkeypatch, capsys)
+    assert (code, ray_place.starts) == (1, 3)
+    assert "3 of 9 trials have ended; run the same command again to go on" in err.splitlines()[-1]
+    assert study_status(folder_of(path)) == "KILLED"
+
+
+def test_a_study_stopped_between_two_trials_is_not_finished(
+    root: Path,
+    inline: Callable[..., Inline],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All trials were decided, none is judged, and the study run does not look complete."""
+    inline(Interrupted())
+    path = write_study(root, "stopped", steps=4, points=1, trials=1)
+    code, _, err = sweep(path, monkeypatch, capsys)
+    folder = folder_of(path)
+    assert code == 130
+    assert "stopped: 1 of 2 trials have ended" in err.splitlines()[-1]
+    assert study_status(folder) == "KILLED"
+    assert statuses(folder) == {"baseline-control": "FINISHED", "trial-0001": "KILLED"}
+    assert not folder.test_metrics("baseline-control")
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), ValueError("a bug")])
+def test_nothing_is_left_running_in_mlflow_whatever_happens(
+    root: Path, inline: Callable[..., Inline], fault: BaseException
+) -> None:
+    inline(fault)
+    path = write_study(root, f"fault-{type(fault).__name__}", steps=4, points=1, trials=1)
+    with pytest.raises(type(fault)):
+        run_study(load_study(path))
+    assert study_status(folder_of(path)) == "KILLED"
+    assert statuses(folder_of(path)) == {"baseline-control": "FINISHED", "trial-0001": "KILLED"}
+
+
+def test_the_ledger_ends_a_study_and_the_summary_says_so(
+    root: Path, inline: Callable[..., Inline], capsys: pytest.CaptureFixture[str]
+) -> None:
+    inline()
+    path = write_study(root, "bounded", steps=4, points=1, trials=6, baselines={}, ledger={"study_epsilon": 0.3})
+    study = load_study(path)
+    outcome = run_study(study)
+    print_summary(summarise(outcome, study))
+    assert outcome.finished
+    assert 1 <= len(states(outcome.folder)) < 6
+    assert outcome.statement["spent"] <= 0.3
+    assert "ended early: " in capsys.readouterr().out
+    assert study_status(outcome.folder) == "FINISHED"
+
+
+def test_a_study_without_privacy_says_so_at_its_end(
+    root: Path, inline: Callable[..., Inline], capsys: pytest.CaptureFixture[str]
+) -> None:
+    inline()
+    trial = {
+        "generator": {"latent_dim": 4, "hidden_dim": 4, "embed_dim": 4},
+        "sinkhorn": {"cost": "l2", "gen_batch_size": 10},
+        "privacy": {"target_epsilon": float("inf"), "noise_multiplier": 0, "steps": 4, "batch_size": 100},
+        "evaluation": {"points": 1, "samples": 100, "classifiers": ["logreg"]},
+    }
+    study = load_study(write_study(root, "free", trials=1, trial=trial, baselines={}))
+    outcome = run_study(study)
+    print_summary(summarise(outcome, study))
+    assert "NON-PRIVATE" in capsys.readouterr().out
+    assert outcome.statement["non_private"]
+
+
+def test_a_study_whose_trials_all_failed_has_failed_and_says_why(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail_all(study: Study, folder: StudyFolder, searcher: Any, listener: Any) -> None:
+        for number in range(searcher.remaining):
+            name = searcher.suggest(str(number))["trial"]
+            searcher.on_trial_complete(str(number), error=True)
+            listener.failed(name, "the disk is full")
+
+    monkeypatch.setattr(cluster, "run_on_ray", fail_all)
+    path = write_study(root, "failing", steps=4, points=1, trials=1)
+    code, out, err = sweep(path, monkeypatch, capsys)
+    assert code == 1
+    assert "failed: trial-0001: the disk is full" in out
+    assert "no searched trial completed" in err.splitlines()[-1]
+    assert statuses(folder_of(path)) == {"baseline-control": "FAILED", "trial-0001": "FAILED"}
+
+
+@pytest.mark.parametrize("error", [TuneError("x\ny: the reason"), RaySystemError("y: the reason")])
+def test_an_error_of_ray_is_a_crash_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, tmp_path: Path, signals: None
+) -> None:
+    class Falling:
+        def fit(self) -> None:
+            raise error
+
+    monkeypatch.setattr(cluster, "_start", lambda _: None)
+    monkeypatch.setattr(cluster, "_tuner", lambda *_: Falling())
+    anything: Any = None
+    with pytest.raises(Crashed, match=r"^[^\n]*y: the reason$"):
+        cluster.run_on_ray(anything, anything, anything, anything)
+
+
+def test_a_trial_that_needs_more_than_the_machine_has_is_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would wait for ever."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    path = write_study(root, "greedy", resources={"cpu": 64})
+    code, out, err = sweep(path, monkeypatch, capsys)
+    assert (code, out) == (2, "")
+    assert "resources.cpu=64 must be at most the 2 CPUs" in err
+    assert study_status(folder_of(path)) == "KILLED"
+
+
+def test_a_tracking_uri_that_does_not_answer_is_refused_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path, "lost", tracking={"uri": "http://127.0.0.1:9"}, storage=str(tmp_path / "new"))
+    assert "tracking URI http://127.0.0.1:9 does not answer" in refused(path, monkeypatch, capsys)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_storage_that_is_a_file_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    path = write_study(tmp_path, "blocked", storage=str(tmp_path / "file"))
+    assert "cannot be written" in refused(path, monkeypatch, capsys)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_bound_that_no_trial_fits_is_refused_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(tmp_path, "tight", ledger={"study_epsilon": 1e-6}, storage=str(tmp_path / "new"))
+    assert "study_epsilon" in refused(path, monkeypatch, capsys)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_study_that_another_process_runs_is_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_study(root, "busy")
+    with only_one(folder_of(path)):
+        message = refused(path, monkeypatch, capsys)
+    assert f"already being run by process {os.getpid()}" in message
+    assert not folder_of(path).exists

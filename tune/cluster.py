@@ -11,6 +11,7 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "0")
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # signals are ours
+os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # and so are the words about a failure
 
 import ray
 from ray import tune
@@ -22,6 +23,8 @@ from tune.folder import StudyFolder
 from tune.search import StudySearcher
 from tune.study import Study
 from tune.trainable import run_trial
+
+log = logging.getLogger("dpsink")
 
 WORKER_RETRIES = 2  # of one trial whose process died
 
@@ -62,6 +65,9 @@ class _Relay(tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         self.listener.progressed(trial.config["trial"], result)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        log.warning("%s goes on from its checkpoint: %s", trial.config["trial"], _last_line(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.listener.failed(trial.config["trial"], _last_line(trial))
@@ -105,6 +111,7 @@ def _tuner(study: Study, folder: StudyFolder, searcher: StudySearcher, relay: _R
 
 
 def _start(study: Study) -> None:
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what matters is told in one line of our own
     if not ray.is_initialized():
         ray.init(
             address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,

@@ -29,6 +29,7 @@ from tune.tracking import MLflowTracker, check_tracking
 
 log = logging.getLogger("dpsink")
 
+CHOSEN_BY = ("fid", "accuracy")  # what analysis selects by, besides the study's own objective
 SESSIONS = 3  # how often Ray may fall over as a whole before a person is asked
 
 
@@ -74,7 +75,7 @@ def run_study(study: Study, *, data_root: Path | None = None, retry_failed: bool
         record=record,
         finished=session.finished,
         interrupted=session.interrupted,
-        best=select_best(folder, study),
+        best=select_best(folder, study.objective),
         statement=statement,
         ended_early=session.searcher.refused,
         seconds=time.monotonic() - started,
@@ -100,20 +101,22 @@ def _ledger_policy(study: Study, plan: StudyPlan) -> dict[str, Any]:
 COSTLY = frozenset({"privacy.noise_multiplier", "privacy.batch_size", "privacy.steps", "privacy.step_limit"})
 
 
-def select_best(folder: StudyFolder, study: Study) -> TrialRecord | None:
-    """The completed searched trial with the best objective on validation data; ties go to the earlier one."""
-    scores = {
-        record.name: reports[-1].metrics[study.objective]
+def select_best(folder: StudyFolder, metric: str) -> TrialRecord | None:
+    """The completed searched trial that is best by a validation metric; ties go to the lower ε, then to the name.
+
+    The same order as `dpsink-analysis best`, so that both name the same run.
+    """
+    sign = 1 if schema.mode_of(metric) == "min" else -1
+    ranked = [
+        ((sign * reports[-1].metrics[metric], reports[-1].epsilon, record.name), record)
         for record in folder.trials()
         if record.role == schema.ROLE_SEARCH
         and (end := folder.end_of(record.name)) is not None
         and end.state == "completed"
         and (reports := folder.reports(record.name))
-    }
-    if not scores:
-        return None
-    pick = min if schema.mode_of(study.objective) == "min" else max
-    return folder.read_trial(pick(scores, key=lambda name: scores[name]))
+        and metric in reports[-1].metrics
+    ]
+    return min(ranked, key=lambda pair: pair[0])[1] if ranked else None
 
 
 class _Session:
@@ -199,11 +202,11 @@ class _Session:
                 self.board.restore(record, end.state, values)
 
     def _judge_chosen(self) -> None:
-        """The test split's only use: the best run and the baselines, each once."""
+        """The test split's only use: the runs that are best by something, and the baselines, each once."""
         use_threads(1)  # a second one waits more than it works on images this small
-        best = select_best(self.folder, self.study)
+        best = [select_best(self.folder, metric) for metric in (self.study.objective, *CHOSEN_BY)]
         for record in self.folder.trials():
-            chosen = record.role == schema.ROLE_BASELINE or record == best
+            chosen = record.role == schema.ROLE_BASELINE or record in best
             end = self.folder.end_of(record.name)
             if chosen and end and end.state == "completed" and not self.folder.test_metrics(record.name):
                 answer = judge(

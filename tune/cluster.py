@@ -82,22 +82,23 @@ def run_on_ray(study: Study, folder: StudyFolder, searcher: StudySearcher, liste
         InputError: a trial needs more than the cluster has.
     """
     try:
-        _start(study)
+        slots = _start(study)
         with console.stop_on_signals() as should_stop:  # after Ray has set handlers of its own
-            _tuner(study, folder, searcher, _Relay(listener, should_stop)).fit()
+            _tuner(study, folder, searcher, _Relay(listener, should_stop), slots).fit()
     except (tune.TuneError, RayError) as error:
         raise Crashed(_last_words(error)) from None
     finally:
         ray.shutdown()
 
 
-def _tuner(study: Study, folder: StudyFolder, searcher: StudySearcher, relay: _Relay) -> tune.Tuner:
+def _tuner(study: Study, folder: StudyFolder, searcher: StudySearcher, relay: _Relay, slots: int) -> tune.Tuner:
     return tune.Tuner(
         tune.with_resources(run_trial, {"cpu": study.resources.cpu}),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             num_samples=searcher.remaining,
-            max_concurrent_trials=study.resources.concurrency or None,
+            # Without a limit Ray asks for a trial before there is room for it, and starts workers one by one.
+            max_concurrent_trials=study.resources.concurrency or slots,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
@@ -110,7 +111,8 @@ def _tuner(study: Study, folder: StudyFolder, searcher: StudySearcher, relay: _R
     )
 
 
-def _start(study: Study) -> None:
+def _start(study: Study) -> int:
+    """Starts Ray; returns how many trials fit at a time."""
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what matters is told in one line of our own
     if not ray.is_initialized():
         ray.init(
@@ -120,6 +122,7 @@ def _start(study: Study) -> None:
     there = ray.cluster_resources().get("CPU", 0)
     if study.resources.cpu > there:
         raise InputError(f"resources.cpu={study.resources.cpu:g} must be at most the {there:g} CPUs there are")
+    return int(there // study.resources.cpu)
 
 
 def _last_line(trial: Any) -> str:

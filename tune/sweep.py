@@ -56,7 +56,8 @@ def run_study(study: Study, *, data_root: Path | None = None, retry_failed: bool
     started = time.monotonic()
     folder = StudyFolder(study.storage.absolute() / study.name)
     plan = check_study(study, data_root)
-    planned_epsilon(plan.costs, plan.delta, **_ledger_policy(study, plan))
+    if not folder.exists:
+        planned_epsilon(plan.costs, plan.delta, **_ledger_policy(study, plan))
     check_storage(folder.path)
     check_tracking(folder.read_study().tracking_uri if folder.exists else tracking_uri(study))
     # Until here nothing is written: a study that is refused leaves nothing behind.
@@ -189,7 +190,8 @@ class _Session:
         end = self.folder.end_of(name)
         reports = self.folder.reports(name)
         values = {**reports[-1].metrics, "epsilon": reports[-1].epsilon} if reports else {}
-        self.board.ledger_text = f"study ε ≤ {_shown(self.ledger.cap)}, spent {_shown(self.ledger.spent())}"
+        if end:  # not at each start as well: composing costs that are fixed takes a second
+            self._show_spent(self.ledger.spent())
         self.board.show(self.folder.read_trial(name), end.state if end else "running", values)
         self.tracker.poke(name)
 
@@ -218,9 +220,13 @@ class _Session:
 
     def _write_statement(self) -> dict[str, Any]:
         self.folder.write_witness(self.ledger.witness())
-        statement = self.ledger.statement(self.plan.target_epsilon).to_dict()
-        self.folder.write_statement(statement)
-        return statement
+        statement = self.ledger.statement(self.plan.target_epsilon)
+        self._show_spent(statement.spent)
+        self.folder.write_statement(statement.to_dict())
+        return statement.to_dict()
+
+    def _show_spent(self, spent: float) -> None:
+        self.board.ledger_text = f"study ε ≤ {_shown(self.ledger.cap)}, spent {_shown(spent)}"
 
 
 def _shown(epsilon: float | None) -> str:

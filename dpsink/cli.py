@@ -7,7 +7,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dpsink import console
-from dpsink.config import DataConfig, Performance, TrialConfig, config_sha256, load_config
+from dpsink.config import OWN, DataConfig, Performance, TrialConfig, config_sha256, load_config
 from dpsink.errors import InputError
 
 app = console.new_app("dpsink", "Train, evaluate and sample one differentially private generator.")
@@ -17,7 +17,7 @@ MAX_SEED = 2**32 - 1
 Overrides = Annotated[list[str] | None, typer.Argument(help="path.to.key=value, applied after --config")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, logs on stderr")]
 DataRoot = Annotated[
-    Path | None, typer.Option(help="folder with torchvision's files; default $DPSINK_DATA_ROOT or ./datasets")
+    Path | None, typer.Option(help="folder that the data lie in; default $DPSINK_DATA_ROOT or ./datasets")
 ]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves it to the tensor library")]
 Run = Annotated[Path, typer.Argument(help="folder of a run, a checkpoint or an export")]
@@ -121,7 +121,7 @@ def budget(
     target_epsilon: Annotated[float, typer.Option(help="the bound")],
     noise_multiplier: Annotated[list[float], typer.Option(help="σ; may be given several times")],
     sample_rate: Annotated[float | None, typer.Option(help="q; or give --data and --batch-size")] = None,
-    data: Annotated[str | None, typer.Option(help="digits, mnist or fashion_mnist")] = None,
+    data: Annotated[str | None, typer.Option(help="a built-in data set")] = None,
     batch_size: Annotated[int | None, typer.Option(help="expected batch, q·N")] = None,
     validation_size: Annotated[int | None, typer.Option(help="images held out of training")] = None,
     plot: Annotated[Path | None, typer.Option(help="a PNG of ε over the steps, by each accountant")] = None,
@@ -178,7 +178,8 @@ def audit(
 
 def default_folder(config: Path | None, trial: TrialConfig) -> Path:
     """runs/NAME-HASH: the same settings always name the same folder, so the same command resumes."""
-    return Path("runs") / f"{config.stem if config else trial.data.name}-{config_sha256(trial)[:8]}"
+    data = trial.data.path.stem if trial.data.path else trial.data.name
+    return Path("runs") / f"{config.stem if config else data}-{config_sha256(trial)[:8]}"
 
 
 def _train_with_progress(trial: TrialConfig, data: Any, folder: Path, *, quiet: bool) -> bool:
@@ -254,6 +255,10 @@ def _rate_of(data: str | None, batch_size: int | None, validation_size: int | No
 
     if data is None or batch_size is None:
         raise InputError("give --sample-rate, or --data and --batch-size")
+    if data.startswith(OWN):
+        raise InputError(
+            f"--data={data}: give --sample-rate = batch size / N; N of own data follows from their settings"
+        )
     tree: dict[str, Any] = {"name": data}
     if validation_size is not None:
         tree["validation_size"] = validation_size

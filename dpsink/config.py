@@ -21,7 +21,13 @@ from dpsink.errors import InputError
 
 Model = TypeVar("Model", bound=BaseModel)
 
-DEFAULT_VALIDATION_SIZE = {"digits": 180}  # other data sets: 0, the paper's protocol
+BUILT_IN = ("digits", "mnist", "fashion_mnist", "cifar10", "svhn", "celeba")
+OWN = ("folder:", "npz:")
+# Without a validation_size: 0, the paper's protocol.
+DATA_DEFAULTS: dict[str, dict[str, Any]] = {
+    "digits": {"validation_size": 180},
+    "celeba": {"size": 32, "attribute": "Male"},
+}
 
 
 class Strict(BaseModel):
@@ -31,22 +37,69 @@ class Strict(BaseModel):
 
 
 class DataConfig(Strict):
-    """Which images are private, and which may be looked at."""
+    """Which images are private, which may be looked at, and what form they are brought to (docs/data.md)."""
 
-    name: Literal["digits", "mnist", "fashion_mnist"] = "digits"
-    validation_size: int = Field(default=0, ge=0, description="images held out of the training set for selection")
+    name: str = Field(
+        default="digits", description="a built-in data set; or folder:PATH or npz:PATH, below the data root or absolute"
+    )
+    validation_size: int = Field(
+        default=0,
+        ge=0,
+        description="images to select on: of the data's own validation part, or out of the training part",
+    )
+    test_size: int = Field(
+        default=0, ge=0, description="test images held out of the training part, where own data bring none"
+    )
     validation: Literal["public", "private"] = Field(
         default="public", description="who may see the validation split; private: noisy accuracies only"
     )
     test: Literal["public"] = Field(default="public", description="who may see the test split")
+    size: int | None = Field(default=None, ge=4, le=512, description="resize to size × size pixels; null: as stored")
+    colour: Literal["grey", "colour"] | None = Field(default=None, description="1 or 3 channels; null: as stored")
+    attribute: str | None = Field(default=None, description="celeba only: the attribute that is the label")
+    classes: int | None = Field(default=None, ge=2, le=10_000, description="npz only: the number of classes, public")
+    skip_bad: bool = Field(
+        default=False, description="train without images that cannot be read; N stays what is listed"
+    )
 
     @model_validator(mode="before")
     @classmethod
-    def _default_validation_size(cls, values: Any) -> Any:
-        if isinstance(values, dict) and "validation_size" not in values:
-            size = DEFAULT_VALIDATION_SIZE.get(values.get("name", "digits"), 0)
-            return {**values, "validation_size": size}
-        return values
+    def _defaults_by_name(cls, values: Any) -> Any:
+        name = values.get("name", "digits") if isinstance(values, dict) else None
+        return {**DATA_DEFAULTS.get(name, {}), **values} if isinstance(name, str) else values
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_known(cls, value: str) -> str:
+        if value not in BUILT_IN and not value.startswith(OWN):
+            known = ", ".join(f"'{name}'" for name in BUILT_IN)
+            raise ValueError(f"must be {known}, 'folder:PATH' or 'npz:PATH'")
+        if value in OWN:
+            raise ValueError(f"needs a path, such as {value}faces")
+        return value
+
+    @model_validator(mode="after")
+    def _settings_fit_the_source(self) -> "DataConfig":
+        own = self.path is not None
+        silent = sorted({"validation", "test"} - self.model_fields_set)
+        if own and silent:
+            raise ValueError(
+                f"own data have no default for who may see them: set {' and '.join(silent)} (docs/data.md)"
+            )
+        if self.test_size and not own:
+            raise ValueError(f"test_size={self.test_size} is for own data; {self.name} brings its own test images")
+        if self.attribute is not None and self.name != "celeba":
+            raise ValueError(f"attribute={self.attribute} is for celeba, not for {self.name}")
+        if (self.classes is not None) != self.name.startswith("npz:"):
+            raise ValueError(
+                "classes must be set for npz: data, and for no other: it is public, and not read from labels"
+            )
+        return self
+
+    @property
+    def path(self) -> Path | None:
+        """The place of the user's own data, None for built-in data sets."""
+        return Path(self.name.partition(":")[2]) if self.name.startswith(OWN) else None
 
 
 class ConvCondConfig(Strict):
@@ -151,7 +204,7 @@ class TrialConfig(Strict):
     seed: int = Field(
         default=0, ge=0, lt=2**63, description="public: initialisation, latents and labels, never the noise"
     )
-    data: DataConfig = DataConfig(validation_size=DEFAULT_VALIDATION_SIZE["digits"])
+    data: DataConfig = DataConfig()
     generator: GeneratorConfig = ConvCondConfig()
     sinkhorn: SinkhornConfig = SinkhornConfig()
     privacy: PrivacyConfig = PrivacyConfig(noise_multiplier=3.0)

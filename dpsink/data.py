@@ -3,7 +3,6 @@
 import hashlib
 import hmac
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,41 +11,16 @@ import torch
 from torch import Tensor
 
 from dpsink.config import DataConfig
+from dpsink.datasets import DATASETS as DATASETS
+from dpsink.datasets import LabelledImages, open_source, part_sizes
+from dpsink.datasets.base import TEST, TRAIN, VALIDATION
+from dpsink.datasets.loading import load_splits
+from dpsink.datasets.splits import assign_rows, training_records
 from dpsink.entropy import Entropy
 from dpsink.errors import InputError
 
 KEY_FILE_VARIABLE = "DPSINK_KEY_FILE"
 DATA_ROOT_VARIABLE = "DPSINK_DATA_ROOT"
-SPLIT_SEED = 0  # fixed: the splits are part of the data set's definition
-DIGITS_TEST_SIZE = 180
-
-
-@dataclass(frozen=True)
-class LabelledImages:
-    """Images with their classes.
-
-    Attributes:
-        images: uint8, (N, C, H, W).
-        labels: int64, (N,), in [0, num_classes).
-        num_classes: number of classes, a public constant of the data set.
-    """
-
-    images: Tensor
-    labels: Tensor
-    num_classes: int
-
-    def __len__(self) -> int:
-        return self.images.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one image."""
-        channels, height, width = self.images.shape[1:]
-        return channels, height, width
-
-    def take(self, index: Tensor) -> "LabelledImages":
-        """The rows that an int64 or bool index selects."""
-        return LabelledImages(self.images[index], self.labels[index], self.num_classes)
 
 
 @dataclass(frozen=True)
@@ -66,14 +40,6 @@ class ImageData:
         return self.validation if self.validation is not None and self.validation_is_public else self.test
 
 
-@dataclass(frozen=True)
-class DatasetFacts:
-    """Public facts about a built-in data set, known without loading it."""
-
-    train_and_validation: int
-    load: Callable[[Path, bool], tuple[LabelledImages, LabelledImages]]
-
-
 def to_unit(images: Tensor) -> Tensor:
     """uint8 pixels to float32 in [-1, 1], any shape."""
     return images.to(torch.float32) / 127.5 - 1
@@ -84,34 +50,39 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((torch.nan_to_num(images, nan=-1.0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def private_records(config: DataConfig) -> int:
-    """N, the number of private training records: a public constant, known without loading."""
-    total = DATASETS[config.name].train_and_validation
-    if config.validation_size >= total:
-        raise InputError(
-            f"data.validation_size={config.validation_size} must be below the {total} training images of {config.name}"
-        )
-    return total - config.validation_size
+def private_records(config: DataConfig, *, root: Path | None = None) -> int:
+    """N, the number of private training records: a public constant, known before a pixel is read.
+
+    Built-in data sets need no files; the user's own are counted where they lie.
+
+    Raises:
+        InputError: the splits leave nothing to train on, or own data that are not there.
+    """
+    return training_records(config, part_sizes(config, root or default_root()))
 
 
 def load_dataset(config: DataConfig, *, root: Path | None = None, download: bool = False) -> ImageData:
     """Loads and splits a data set.
 
     Args:
-        config: name of the data set and size of its validation split.
-        root: folder that holds torchvision's layout (`MNIST/raw/...`); digits need none.
+        config: which data set, in which form, split how.
+        root: folder of the built-in data sets (`MNIST/raw/...`), and of relative `folder:` and `npz:` paths.
         download: fetch missing files through torchvision.
 
     Raises:
-        InputError: the files are not there, or the validation split leaves nothing to train on.
+        InputError: files that are missing or damaged, splits that cannot be, images that do not fit together.
     """
-    records = private_records(config)
-    training, test = DATASETS[config.name].load(root or default_root(), download)
-    train, validation = _hold_out(training, config.validation_size)
-    if len(train) != records:
-        expected = DATASETS[config.name].train_and_validation
-        raise InputError(f"{config.name} must hold {expected} training images, not {len(training)}: use standard files")
-    return ImageData(config.name, train, validation, test, fingerprint(train), config.validation == "public")
+    private_records(config, root=root)  # what cannot be split is told before anything is read
+    source = open_source(config, root or default_root(), download=download)
+    splits = load_splits(config, source, assign_rows(config, source.labels))
+    return ImageData(
+        name=config.name,
+        train=splits[TRAIN],
+        validation=splits.get(VALIDATION),
+        test=splits[TEST],
+        fingerprint=fingerprint(splits[TRAIN]),
+        validation_is_public=config.validation == "public",
+    )
 
 
 def default_root() -> Path:
@@ -128,7 +99,7 @@ def fingerprint(images: LabelledImages) -> str:
     digest = hmac.new(_owner_key(), digestmod=hashlib.sha256)
     digest.update(repr((tuple(images.images.shape), images.num_classes)).encode())
     for tensor in (images.images, images.labels):
-        digest.update(tensor.numpy().tobytes())
+        digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
 
 
@@ -143,57 +114,6 @@ def poisson_batch(entropy: Entropy, records: int, sample_rate: float) -> Tensor:
     """
     words = np.frombuffer(entropy.random_bytes(4 * records), dtype=np.uint32)
     return torch.from_numpy(np.flatnonzero(words < np.uint64(int(sample_rate * 2**32))))
-
-
-def _hold_out(training: LabelledImages, size: int) -> tuple[LabelledImages, LabelledImages | None]:
-    if size == 0:
-        return training, None
-    kept, held = _stratified_split(training.labels, size)
-    return training.take(kept), training.take(held)
-
-
-def _stratified_split(labels: Tensor, held_out: int) -> tuple[Tensor, Tensor]:
-    from sklearn.model_selection import train_test_split
-
-    try:
-        kept, held = train_test_split(
-            np.arange(len(labels)), test_size=held_out, stratify=labels.numpy(), random_state=SPLIT_SEED
-        )
-    except ValueError as error:
-        raise InputError(f"data.validation_size={held_out} cannot be split by class: {error}") from None
-    return torch.from_numpy(np.sort(kept)), torch.from_numpy(np.sort(held))
-
-
-def _load_digits(_root: Path, _download: bool) -> tuple[LabelledImages, LabelledImages]:
-    from sklearn.datasets import load_digits
-
-    grey, target = load_digits(return_X_y=True)
-    # Grey levels run from 0 to 16.
-    pixels = torch.from_numpy(np.round(grey * (255 / 16)).astype(np.uint8)).reshape(-1, 1, 8, 8)
-    everything = LabelledImages(pixels, torch.from_numpy(target.astype(np.int64)), 10)
-    kept, test = _stratified_split(everything.labels, DIGITS_TEST_SIZE)
-    return everything.take(kept), everything.take(test)
-
-
-def _load_torchvision(name: str) -> Callable[[Path, bool], tuple[LabelledImages, LabelledImages]]:
-    def load(root: Path, download: bool) -> tuple[LabelledImages, LabelledImages]:
-        return _read_split(name, root, True, download), _read_split(name, root, False, download)
-
-    return load
-
-
-def _read_split(name: str, root: Path, train: bool, download: bool) -> LabelledImages:
-    from torchvision import datasets
-
-    try:
-        split = getattr(datasets, name)(root=str(root), train=train, download=download)
-    except RuntimeError:
-        raise InputError(
-            f"{name} is not under '{root}' (looked for {root / name / 'raw'}); give --data-root, or --download"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name} under '{root}' cannot be read: {' '.join(str(error).split())}") from None
-    return LabelledImages(split.data.unsqueeze(1).contiguous(), split.targets.to(torch.int64), 10)
 
 
 def _owner_key() -> bytes:
@@ -229,10 +149,3 @@ def _create_key(path: Path) -> bytes:
 
 def _config_home() -> Path:
     return Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-
-
-DATASETS = {
-    "digits": DatasetFacts(1617, _load_digits),
-    "mnist": DatasetFacts(60_000, _load_torchvision("MNIST")),
-    "fashion_mnist": DatasetFacts(60_000, _load_torchvision("FashionMNIST")),
-}

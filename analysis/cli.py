@@ -22,7 +22,7 @@ TrackingUri = Annotated[str | None, typer.Option(help="MLflow; default $MLFLOW_T
 Force = Annotated[bool, typer.Option("--force", help="replace an earlier export")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, logs on stderr")]
 
-CHOICES = {"fid": "best by FID", "accuracy": "best by accuracy"}  # metrics that `best` selects by
+CHOICES = ("fid", "accuracy")  # metrics that `best` selects by
 COMPARISON = "comparison.png"
 
 
@@ -46,16 +46,17 @@ def best(
 ) -> None:
     """Show the best runs beside the baselines, and export them.
 
-    Writes best-fid/, best-accuracy/ (both, even if one run is best by both) and comparison.png.
+    Writes best-fid/, best-accuracy/ (both, even if one run is best by both) and comparison.png. A metric that no run
+    has is left out; where there is neither, the study's objective decides.
     """
     from analysis.runs import load_runs
     from analysis.selection import baselines, select_best
 
     console.set_up_logging()
     runs = load_runs(study, tracking_uri)
-    chosen = {metric: select_best(runs, metric) for metric in CHOICES}
+    chosen = {metric: select_best(runs, metric) for metric in _choices(runs)}
     columns = [Column(row["trial"].removeprefix("baseline-"), row) for row in baselines(runs)]
-    columns += [Column(CHOICES[metric], row, metric) for metric, row in chosen.items()]
+    columns += [Column(f"best by {_called(metric)}", row, metric) for metric, row in chosen.items()]
     written = _export(runs, columns, out or Path("exports") / runs.study.name, force)
     if as_json:
         console.print_json(_document(runs, columns, written))
@@ -74,14 +75,26 @@ class Column:
     metric: str | None = None
 
 
+def _choices(runs: "Runs") -> list[str]:
+    """What `best` selects by: a private validation split has no FID, and a study need not run all classifiers."""
+    from analysis.runs import metrics_of, rows_of
+
+    had = {name for run in rows_of(runs.accepted, schema.ROLE_SEARCH) for name in metrics_of(run)}
+    return [metric for metric in CHOICES if metric in had] or list(runs.study.objectives)
+
+
+def _called(metric: str) -> str:
+    return "FID" if metric == "fid" else metric
+
+
 def _merged(columns: Sequence[Column]) -> list[Column]:
     """The columns for a person: a run that is best by several metrics stands there once."""
     merged: dict[str, Column] = {}
     for column in columns:
         run_id = column.run["run_id"]
         if run_id in merged:
-            also = CHOICES[column.metric or ""].removeprefix("best by ")
-            column = Column(f"{merged[run_id].title} and {also}", column.run, column.metric)
+            title = f"{merged[run_id].title} and {_called(column.metric or '')}"
+            column = Column(title, column.run, column.metric)
         merged[run_id] = column
     return list(merged.values())
 

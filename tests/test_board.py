@@ -1,6 +1,7 @@
 """What a person sees of a running study, on a terminal and off it."""
 
 import io
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from dpsink import console
 from dpsink.config import load_config
 from dpsink.evaluation import WORST_DISTANCE
-from tune.board import Board
+from tune.board import Board, SealedBoard
 from tune.folder import TrialRecord
 
 STATES = ("completed", "stopped_early", "running", "diverged", "failed", "interrupted")
@@ -177,3 +178,18 @@ def test_what_is_no_number_is_no_value(pipe: io.StringIO, value: Any) -> None:
     board = Board("study", 1, "accuracy")
     board.show(record("trial-0001"), "running", {"fid": value, "epsilon": 1.0})
     assert pipe.getvalue().split() == ["trial-0001", "running", "epsilon", "1"]
+
+
+def test_a_sealed_study_shows_that_it_runs_and_what_it_may_cost(terminal: Console) -> None:
+    with SealedBoard("study secret") as board:
+        board.ledger_text = "study ε ≤ 1.78"
+        time.sleep(0.6)
+    assert isinstance(terminal.file, io.StringIO)
+    shown = terminal.file.getvalue()
+    assert all(part in shown for part in ("study secret", "running for 0.0 min", "study ε ≤ 1.78"))
+
+
+def test_a_sealed_study_says_one_line_off_a_terminal(pipe: io.StringIO) -> None:
+    with SealedBoard("study secret"):
+        pass
+    assert pipe.getvalue() == "study secret is running; it is sealed until its winner is known\n"

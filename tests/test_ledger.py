@@ -122,12 +122,12 @@ def test_halving_by_3_costs_one_full_run_per_rung(rungs, expected):
 
 def test_study_of_one_trial_costs_that_trials_own_pld_figure():
     own = epsilon(**dataclasses.asdict(DIGITS), delta=1e-4)
-    assert planned_epsilon([DIGITS], delta=1e-4) == own
+    assert planned_epsilon([DIGITS], delta=1e-4, adaptive=False) == own
     assert own == pytest.approx(9.999, abs=1e-3)
 
 
 def test_same_trial_in_an_adaptive_study_costs_its_rdp_figure():
-    plan = plan_study([DIGITS, dataclasses.replace(DIGITS, steps=0)], delta=1e-4)
+    plan = plan_study([DIGITS], delta=1e-4)
     assert plan.epsilon == pytest.approx(10.97, abs=0.02)  # 10.96 by Opacus, 10.98 by dp-accounting
 
 
@@ -280,6 +280,15 @@ def test_refused_trial_leaves_no_trace(folder):
         assert ledger.spent() == 0
 
 
+def test_checking_a_trial_records_nothing(folder):
+    with open_planned(folder, [SMALL] * 2) as ledger:
+        before = sorted(folder.iterdir())
+        ledger.check("a", SMALL)
+        with pytest.raises(BudgetExhausted, match="trial b may not start"):
+            ledger.check("b", dataclasses.replace(SMALL, steps=1000))
+        assert (ledger.admitted, sorted(folder.iterdir())) == (frozenset(), before)
+
+
 def test_trial_without_noise_never_passes_the_filter(folder):
     with open_ledger(folder, study_epsilon=100.0) as ledger, pytest.raises(BudgetExhausted):
         ledger.admit("open", TrialCost(0.01, 0.0, 1))
@@ -398,8 +407,18 @@ def test_fixed_list_refuses_a_cost_that_was_not_planned(folder):
         ledger.admit("a", dataclasses.replace(SMALL, steps=50))
 
 
+def test_composition_that_was_asked_for_before_is_not_made_again(folder, monkeypatch):
+    other = dataclasses.replace(SMALL, sample_rate=0.02)
+    with open_planned(folder, [SMALL, other], adaptive=False) as ledger:
+        ledger.admit("a", SMALL)
+        ledger.admit("b", other)
+        spent = ledger.spent()
+        monkeypatch.setattr("dpsink.privacy.ledger.PLDAccountant", lambda: pytest.fail("composed again"))
+        assert ledger.spent() == spent
+
+
 def test_study_of_one_trial_reports_its_own_pld_figure_as_spent(folder):
-    with open_planned(folder, [SMALL]) as ledger:
+    with open_planned(folder, [SMALL], adaptive=False) as ledger:
         ledger.admit("only", SMALL)
         ledger.settle("only", 40)
         assert ledger.spent() == epsilon(**{**dataclasses.asdict(SMALL), "steps": 40}, delta=DELTA)
@@ -432,6 +451,21 @@ def test_selection_refuses_a_trial_that_costs_more_than_planned(folder):
 def test_selection_admits_a_trial_that_costs_less_than_planned(folder):
     with open_planned(folder, [SMALL], **SELECTION) as ledger:
         ledger.admit("a", dataclasses.replace(SMALL, noise_multiplier=2.5))
+
+
+def test_selection_covers_what_costs_at_most_the_highest_of_the_plan(folder):
+    with open_planned(folder, [SMALL], **SELECTION) as ledger:
+        assert ledger.covers(dataclasses.replace(SMALL, noise_multiplier=2.5))
+        assert not ledger.covers(dataclasses.replace(SMALL, steps=101))
+
+
+def test_partner_of_a_ledger_has_the_same_number_of_trials(tmp_path):
+    selection = {**SELECTION, "selection": Selection(1e6, "geometric")}
+    with (
+        open_planned(tmp_path / "one", [SMALL], **selection) as one,
+        open_planned(tmp_path / "other", [SMALL], **selection, partner=one) as other,
+    ):
+        assert one.trials == other.trials
 
 
 def test_statement_of_a_selection_is_the_same_for_every_number_of_trials():

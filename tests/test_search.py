@@ -2,6 +2,8 @@
 
 import logging
 import math
+import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +22,7 @@ from dpsink.engine import TrialState
 from dpsink.errors import InputError
 from dpsink.generators import build_generator
 from dpsink.privacy.budget import TrialBudget
-from dpsink.privacy.ledger import planned_epsilon
+from dpsink.privacy.ledger import Selection, planned_epsilon
 from dpsink.privacy.plan import derive_plan
 from dpsink.synthesis import sample_grid
 from dpsink.training import train
@@ -29,7 +31,7 @@ from tune.folder import StudyFolder
 from tune.preflight import check_study
 from tune.search import StudySearcher, config_id, open_optuna
 from tune.study import Study
-from tune.sweep import open_ledger
+from tune.sweep import open_accounts
 
 STEPS = 20  # T of every trial
 OBJECTIVE = "accuracy_logreg"
@@ -63,7 +65,7 @@ class Driver:
 
     def open(self) -> None:
         """A new session on the same folder."""
-        self.ledger = open_ledger(self.study, self.folder, self.plan)
+        self.ledger = open_accounts(self.study, self.folder, self.plan)
         self.changed: list[str] = []
         self.searcher = StudySearcher(
             self.study, self.folder, self.ledger, len(self.plan.data.train), {"threads": 1}, self.changed.append
@@ -80,7 +82,7 @@ class Driver:
     def suggest(self, ray_id: str = "") -> str | None:
         """Name of the next trial; None when there is none."""
         answer = self.searcher.suggest(ray_id or f"ray-{len(self.searcher.names)}")
-        return None if answer == Searcher.FINISHED else answer["trial"]
+        return answer["trial"] if isinstance(answer, dict) else None
 
     def suggest_all(self) -> list[str]:
         return list(iter(self.suggest, None))
@@ -173,11 +175,37 @@ def test_a_trial_is_recorded_before_it_is_suggested(driver: Driver) -> None:
     assert (record.steps, record.noise_multiplier, record.number) == (STEPS, 3, 0)
 
 
-def test_a_trial_is_admitted_before_it_is_recorded(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    at_record: list[float] = []
-    monkeypatch.setattr(StudyFolder, "add_trial", lambda folder, record: at_record.append(driver.ledger.spent()))
+def test_a_trial_is_admitted_before_it_is_suggested(driver: Driver) -> None:
     driver.suggest()
-    assert at_record[0] > 0
+    assert driver.ledger.admitted == {"trial-0001"}
+
+
+@pytest.mark.parametrize("interrupted", ["check", "admit"])
+def test_a_driver_that_dies_before_the_admission_loses_no_trial_and_charges_none_twice(
+    start: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch, interrupted: str
+) -> None:
+    """Its cost is searched: another proposal under the same name would be refused."""
+    driver = start(trials=1, space={"privacy.noise_multiplier": {"uniform": (3, 5)}})
+    with monkeypatch.context() as patch:
+        patch.setattr(type(driver.ledger), interrupted, dies)
+        with pytest.raises(KeyboardInterrupt):
+            driver.suggest()
+    driver.restart()
+    assert driver.suggest_all() == ["trial-0001"]
+    assert driver.ledger.admitted == {"trial-0001"}
+
+
+def dies(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_folder_that_has_lost_an_admitted_trial_is_refused(driver: Driver, tmp_path: Path) -> None:
+    """It would run again, and be charged once."""
+    driver.suggest()
+    driver.folder.trial("trial-0001").rename(tmp_path / "away")
+    driver.close()
+    with pytest.raises(InputError, match="trials that its ledger admitted are gone"):
+        driver.open()
 
 
 def test_a_study_ends_after_its_trials(driver: Driver) -> None:
@@ -300,6 +328,14 @@ def test_a_proposal_whose_driver_died_before_it_was_recorded_is_given_up(driver:
     assert driver.told()[1][0] == Told.RUNNING
 
 
+def test_a_lock_that_a_killed_driver_left_on_optunas_journal_holds_nobody_up(driver: Driver) -> None:
+    os.symlink(driver.folder.search / "optuna.log", driver.folder.search / "optuna.log.lock")
+    started = time.monotonic()
+    driver.restart()
+    assert driver.suggest()
+    assert time.monotonic() - started < 10
+
+
 @pytest.mark.parametrize("charged", [STEPS, 5])
 def test_a_trial_that_ended_costs_what_it_was_charged(driver: Driver, charged: int) -> None:
     driver.suggest()
@@ -350,11 +386,8 @@ def test_an_end_that_the_driver_did_not_survive_is_repeated(
     driver.run("trial-0001", 0.25, charged=5)
     owner: Any = {"settle": type(driver.ledger), "tell": optuna.Study, "end_trial": StudyFolder}[interrupted]
 
-    def die(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(owner, interrupted, die)
+        patch.setattr(owner, interrupted, dies)
         with pytest.raises(KeyboardInterrupt):
             driver.end("trial-0001")
     driver.restart()
@@ -368,14 +401,43 @@ def test_an_end_that_the_driver_did_not_survive_is_repeated(
 @pytest.fixture
 def refusing(start: Callable[..., Driver], tmp_path: Path) -> Driver:
     """A study of four trials whose ledger has room for two."""
-    cost = check_study(make_study(tmp_path), None).costs[0]
+    cost = check_study(make_study(tmp_path), None).terms.planned[0]
     bound = planned_epsilon([cost] * 2, 5e-5, adaptive=True)
     assert bound
     return start(trials=4, ledger={"study_epsilon": bound * 1.001})
 
 
-def test_the_filter_ends_the_study_and_says_so(refusing: Driver, log_lines: list[str]) -> None:
+def end_all(driver: Driver, names: list[str], **how: Any) -> None:
+    for name in names:
+        driver.run(name, **how)
+        driver.end(name)
+
+
+def test_a_trial_without_room_waits_while_others_run(refusing: Driver, log_lines: list[str]) -> None:
     assert refusing.suggest_all() == ["trial-0001", "trial-0002"]
+    assert refusing.searcher.suggest("later") is None
+    assert refusing.searcher.refused is None
+    assert log_lines == []
+
+
+def test_a_trial_that_waited_starts_when_another_leaves_room(refusing: Driver) -> None:
+    first, _ = refusing.suggest_all()
+    waiting = refusing.told()[2]
+    end_all(refusing, [first], charged=0)
+    assert refusing.suggest() == "trial-0003"
+    assert (refusing.folder.read_trial("trial-0003").number, refusing.told()[2]) == (2, waiting)
+
+
+def test_a_trial_that_waited_is_no_trial_of_the_next_session(refusing: Driver) -> None:
+    names = refusing.suggest_all()
+    refusing.restart()
+    assert refusing.suggest_all() == names
+    assert refusing.told()[2][0] == Told.FAIL
+
+
+def test_the_filter_ends_the_study_when_no_trial_runs_and_says_so(refusing: Driver, log_lines: list[str]) -> None:
+    end_all(refusing, refusing.suggest_all())
+    assert refusing.searcher.suggest("last") == Searcher.FINISHED
     assert refusing.searcher.refused
     assert "could exceed epsilon" in refusing.searcher.refused
     assert refusing.searcher.refused in log_lines[-1]
@@ -384,17 +446,13 @@ def test_the_filter_ends_the_study_and_says_so(refusing: Driver, log_lines: list
 def test_a_study_that_the_filter_ended_is_finished_when_its_trials_are(refusing: Driver) -> None:
     names = refusing.suggest_all()
     assert refusing.searcher.unfinished
-    for name in names:
-        refusing.run(name)
-        refusing.end(name)
+    end_all(refusing, names)
+    assert refusing.suggest() is None
     assert not refusing.searcher.unfinished
 
 
 def test_the_filter_is_kept_across_sessions(refusing: Driver) -> None:
-    names = refusing.suggest_all()
-    for name in names:
-        refusing.run(name)
-        refusing.end(name)
+    end_all(refusing, refusing.suggest_all())
     refusing.restart()
     assert refusing.suggest_all() == []
     assert refusing.searcher.refused
@@ -402,9 +460,10 @@ def test_the_filter_is_kept_across_sessions(refusing: Driver) -> None:
 
 
 def test_optuna_does_not_wait_for_a_trial_that_the_filter_refused(refusing: Driver) -> None:
-    refusing.suggest_all()
+    end_all(refusing, refusing.suggest_all())
+    refusing.suggest()
     states = [state for state, _ in refusing.told().values()]
-    assert states == [Told.RUNNING, Told.RUNNING, Told.FAIL]
+    assert states == [Told.COMPLETE, Told.COMPLETE, Told.FAIL]
 
 
 def test_proposals_that_cannot_be_afforded_are_skipped(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -459,3 +518,116 @@ def test_a_trial_that_was_really_trained_is_told_with_its_objective(driver: Driv
     driver.end("trial-0001")
     assert driver.state_of("trial-0001") == "completed"
     assert driver.told() == {0: (Told.COMPLETE, reports[-1].metrics[OBJECTIVE])}
+
+
+# Studies of which only the winner is published.
+
+
+SEALED = {"policy": "release_best", "selection": {"expected_trials": 3}}
+
+
+@pytest.fixture
+def start_sealed(start: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Driver]:
+    """Makes drivers of sealed studies that have drawn three trials."""
+    monkeypatch.setattr(Selection, "draw", lambda _: 3)
+    return lambda **changes: start(**{"algorithm": {}, "ledger": SEALED, **changes})
+
+
+def test_a_selection_has_as_many_trials_as_were_drawn(start_sealed: Callable[..., Driver]) -> None:
+    assert len(start_sealed().suggest_all()) == 3
+
+
+def test_a_failed_trial_of_a_selection_is_not_drawn_again(start_sealed: Callable[..., Driver]) -> None:
+    driver = start_sealed()
+    for name in driver.suggest_all():
+        driver.end(name, error=True)
+    driver.restart()
+    assert (driver.suggest_all(), driver.searcher.unfinished) == ([], False)
+
+
+def test_a_selection_has_no_more_trials_however_often_its_driver_dies(start_sealed: Callable[..., Driver]) -> None:
+    driver, seen = start_sealed(), set()
+    for _ in range(6):
+        name = driver.suggest()
+        assert name
+        seen.add(name)
+        if len(seen) == 2:
+            driver.run(name)
+            driver.end(name)
+        driver.restart()
+        driver.suggest_all()
+        driver.restart()
+    assert len(seen | set(driver.suggest_all())) <= 3
+    assert len(driver.ledger.admitted) == 3
+
+
+def test_proposals_of_a_selection_cannot_be_repeated(start_sealed: Callable[..., Driver], tmp_path: Path) -> None:
+    """A sequence that follows from the study file would tell at which place the winner stood."""
+    proposals = []
+    for index in range(2):
+        driver = start_sealed(storage=tmp_path / str(index))
+        driver.suggest_all()
+        proposals += driver.params()
+    assert len(set(proposals)) == 6
+
+
+def test_every_proposal_of_a_selection_asks_the_operating_system(
+    start_sealed: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, asked = start_sealed(), []
+    monkeypatch.setattr(driver.searcher._optuna.sampler, "reseed_rng", lambda: asked.append(1))
+    driver.suggest_all()
+    assert len(asked) == 3
+
+
+def test_a_proposal_that_is_not_covered_is_drawn_again(
+    start_sealed: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, asked = start_sealed(), iter(range(100))
+    monkeypatch.setattr(driver.ledger, "covers", lambda _: next(asked) % 2 == 1)
+    assert len(driver.suggest_all()) == 3
+    assert next(asked) == 6
+
+
+def test_a_selection_that_affords_no_proposal_is_not_finished(
+    start_sealed: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With fewer trials than were drawn it would be another selection than the one that was accounted."""
+    driver = start_sealed()
+    monkeypatch.setattr(driver.ledger, "covers", lambda _: False)
+    assert driver.suggest_all() == []
+    assert driver.searcher.unfinished
+
+
+def test_a_selection_says_nothing_of_its_trials(
+    start_sealed: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch, log_lines: list[str], tmp_path: Path
+) -> None:
+    driver = start_sealed()
+    driver.suggest()
+    driver.run("trial-0001")
+    (driver.folder.run("trial-0001") / "ledger").rename(tmp_path / "away")
+    driver.end("trial-0001")
+    monkeypatch.setattr(driver.ledger, "covers", lambda _: False)
+    driver.suggest_all()
+    assert log_lines == []
+
+
+# Scores on private validation images.
+
+
+def test_a_trial_with_private_scores_is_settled_on_both_accounts(start: Callable[..., Driver]) -> None:
+    trial = make_study(Path()).trial
+    trial |= {"data": {"name": "digits", "validation": "private"}}
+    trial |= {"privacy": trial["privacy"] | {"score_noise": 20}}
+    driver = start(trial=trial)
+    name = driver.suggest()
+    assert name
+    record = driver.folder.read_trial(name)
+    assert (record.score_noise, record.score_releases) == (20, 1)
+    driver.run(name, charged=5)
+    with TrialBudget.open(driver.folder.run(name) / "score-ledger", derive_plan(record.config, 1437).score_terms("h")):
+        pass
+    driver.end(name)
+    spent = driver.ledger.statement(10).accounts
+    assert 0 < spent["training"]["spent"] < 1
+    assert spent["private validation"]["spent"] == 0

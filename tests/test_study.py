@@ -10,10 +10,14 @@ import yaml
 from dpsink.config import DataConfig, load_config
 from dpsink.data import ImageData, private_records
 from dpsink.errors import InputError
+from dpsink.privacy.accounts import TrialCosts
+from dpsink.privacy.ledger import TrialCost
 from dpsink.privacy.plan import derive_plan
 from tune import preflight
+from tune.folder import StudyFolder
 from tune.preflight import check_storage, check_study
-from tune.study import Study, load_study, merge
+from tune.study import Distribution, Study, load_study, merge
+from tune.sweep import open_accounts
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 SMALL: dict[str, Any] = {
@@ -238,11 +242,10 @@ def test_a_space_in_which_no_trial_affords_a_step_is_refused(tmp_path: Path) -> 
 def test_a_plan_counts_every_trial_at_its_worst(tmp_path: Path) -> None:
     space = {"privacy.noise_multiplier": {"uniform": [2, 5]}, "optimizer.lr": {"uniform": [1e-3, 1e-2]}}
     plan = check_study(load(tmp_path, space=space, algorithm={"trials": 3}, baselines={"base": {}}), None)
-    assert plan.worst_trial
-    assert plan.worst_trial.noise_multiplier == 2
-    assert len(plan.costs) == 4
-    assert plan.costs[0] not in plan.costs[1:]
-    assert len(set(plan.costs[1:])) == 1
+    baseline, *searched = plan.terms.planned
+    assert baseline.noise_multiplier == 3
+    assert len(searched) == 3
+    assert {cost.noise_multiplier for cost in searched} == {2}
 
 
 def test_storage_that_is_a_file_is_refused(tmp_path: Path) -> None:
@@ -263,7 +266,7 @@ def test_every_study_that_ships_loads_and_plans(path: Path, digits: ImageData, m
     if data.name != "digits":  # not at hand: a plan asks for no more than the number of records
         monkeypatch.setattr(preflight, "load_dataset", lambda *_, **__: stand_in(digits, private_records(data)))
     plan = check_study(study, None)
-    assert len(plan.costs) == len(study.baselines) + study.algorithm.trials
+    assert len(plan.terms.planned) == len(study.baselines) + study.algorithm.trials
 
 
 @pytest.mark.parametrize("path", sorted((EXPERIMENTS / "presets").glob("*.yaml")), ids=lambda path: path.stem)
@@ -278,3 +281,110 @@ def stand_in(digits: ImageData, count: int) -> ImageData:
     """So many records, all alike, without the memory."""
     images, labels = digits.train.images[:1].expand(count, -1, -1, -1), digits.train.labels[:1].expand(count)
     return replace(digits, train=replace(digits.train, images=images, labels=labels))
+
+
+# Studies of which only the winner is published.
+
+
+SEALED: dict[str, Any] = {"ledger": {"policy": "release_best", "selection": {"expected_trials": 10}}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"ledger": {"policy": "release_best"}}, "release_best and selection go together"),
+        ({"ledger": {"selection": {"expected_trials": 10}}}, "release_best and selection go together"),
+        ({"ledger": {**SEALED["ledger"], "study_epsilon": 3}}, "study_epsilon follows from the selection"),
+        ({"ledger": {"policy": "release_best", "selection": {"expected_trials": 1}}}, "greater than 1"),
+        ({"ledger": {"policy": "release_best", "selection": {"expected_trials": 5, "shape": "flat"}}}, "geometric"),
+        ({**SEALED, "algorithm": {"kind": "optuna"}}, "algorithm.kind must be random"),
+        ({**SEALED, "algorithm": {"trials": 10}}, "algorithm.trials is drawn in secret"),
+        ({**SEALED, "algorithm": {"seed": 0}}, "algorithm.seed is drawn in secret"),
+        ({**SEALED, "baselines": {"base": {}}}, "run them as their own study"),
+    ],
+)
+def test_what_does_not_go_with_a_selection_is_refused(tmp_path: Path, changes: dict[str, Any], rule: str) -> None:
+    assert rule in refusal(tmp_path, **changes)
+
+
+def test_a_sealed_study_is_written_down_without_a_number_of_trials_and_a_seed(tmp_path: Path) -> None:
+    assert yaml.safe_load(load(tmp_path, **SEALED).to_yaml())["algorithm"] == {"kind": "random"}
+
+
+def test_a_sealed_study_needs_no_space(tmp_path: Path) -> None:
+    """Then the best of many runs of one configuration is published."""
+    assert len(check_study(load(tmp_path, **SEALED, space={}), None).terms.planned) == 1
+
+
+@pytest.mark.parametrize(("shape", "expected"), [("logarithmic", 1.78), ("geometric", 2.14)])
+def test_a_selection_in_a_study_file_costs_the_measured_epsilon(
+    tmp_path: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch, shape: str, expected: float
+) -> None:
+    """E[K] = 10 over trials with ε = 1 by RDP: σ 1.1, q = 50/60,000, 65,601 steps, δ 1e-5."""
+    monkeypatch.setattr(preflight, "load_dataset", lambda *_, **__: stand_in(digits, 60_000))
+    privacy = {"noise_multiplier": 1.1, "batch_size": 50, "delta": 1e-5, "target_epsilon": 1, "step_limit": 65_601}
+    ledger = {"policy": "release_best", "selection": {"expected_trials": 10, "shape": shape}}
+    study = load(tmp_path, trial={**SMALL["trial"], "privacy": privacy}, ledger=ledger)
+    plan = check_study(study, None)
+    with open_accounts(study, StudyFolder(tmp_path / "study"), plan) as accounts:
+        statement = accounts.statement(plan.target_epsilon)
+    assert statement.study_epsilon == pytest.approx(expected, abs=0.006)
+
+
+NOISY_SPACE = {"privacy.noise_multiplier": {"log_uniform": [5, 20]}, "privacy.batch_size": {"choice": [100, 500]}}
+
+
+def test_a_selection_covers_what_lies_between_the_corners_of_its_space(tmp_path: Path) -> None:
+    """With the corners alone, six in ten proposals cost a little more at some Rényi order, and were refused."""
+    trial = {**SMALL["trial"], "privacy": {"noise_multiplier": 9, "delta": 5e-5, "target_epsilon": 1}}
+    study = load(tmp_path, **SEALED, trial=trial, space=NOISY_SPACE)
+    plan = check_study(study, None)
+    values = [{path: space.at(quantile) for path, space in study.space.items()} for quantile in (0.1, 0.4, 0.6, 0.9)]
+    inside = [TrialCosts.of(derive_plan(study.configure(one), len(plan.data.train))) for one in values]
+    with open_accounts(study, StudyFolder(tmp_path / "study"), plan) as accounts:
+        assert [accounts.covers(costs) for costs in inside] == [True] * 4
+
+
+@pytest.mark.parametrize(
+    ("space", "low", "high"),
+    [
+        ({"uniform": [2, 4]}, 2, 3),
+        ({"log_uniform": [1, 100]}, 1, 10),
+        ({"int": [1, 4]}, 1, 3),
+        ({"choice": ["a", "b"]}, "a", "b"),
+    ],
+)
+def test_a_quantile_of_a_dimension_is_where_its_proposals_are_split(space: dict[str, Any], low: Any, high: Any) -> None:
+    dimension = Distribution.model_validate(space)
+    assert (dimension.at(0.0), dimension.at(0.5)) == (low, pytest.approx(high) if isinstance(high, int) else high)
+
+
+# Studies on private validation images.
+
+
+def noisy(**evaluation: Any) -> dict[str, Any]:
+    """The base trial, scored by private validation images."""
+    trial = SMALL["trial"]
+    return {
+        **trial,
+        "data": {"name": "digits", "validation": "private"},
+        "privacy": {**trial["privacy"], "score_noise": 20},
+        "evaluation": {**trial["evaluation"], **evaluation},
+    }
+
+
+def test_a_plan_counts_every_private_score_of_every_trial(tmp_path: Path) -> None:
+    study = load(tmp_path, trial=noisy(points=3), algorithm={"trials": 2}, baselines={"base": {}})
+    assert check_study(study, None).terms.planned_scores == (TrialCost(1.0, 20.0, 3),) * 3
+
+
+def test_a_plan_counts_private_scores_at_their_worst(tmp_path: Path) -> None:
+    space = {"privacy.score_noise": {"uniform": [10, 30]}}
+    terms = check_study(load(tmp_path, trial=noisy(), space=space, algorithm={"trials": 2}), None).terms
+    assert terms.planned_scores == (TrialCost(1.0, 10.0, 1),) * 2
+    assert (terms.adaptive, terms.adaptive_scores) == (False, True)
+
+
+@pytest.mark.parametrize("objective", ["fid", "variety"])
+def test_what_private_validation_images_do_not_tell_is_no_objective(tmp_path: Path, objective: str) -> None:
+    assert "needs data.validation=public" in refusal(tmp_path, trial=noisy(), objective=objective)

@@ -26,14 +26,16 @@ from ray.tune import TuneError
 from dpsink.data import load_dataset
 from dpsink.errors import InputError
 from dpsink.privacy.budget import charged_steps
+from dpsink.privacy.ledger import PrivacyStatement, TrialCost, planned_epsilon
 from dpsink.training import train
 from tune import cli, cluster, schema
+from tune.choice import CHOSEN_BY, select_best
 from tune.cluster import Crashed, Interrupted
 from tune.folder import StudyFolder
 from tune.search import open_optuna
 from tune.study import Study, load_study
 from tune.summary import print_summary, summarise
-from tune.sweep import CHOSEN_BY, Outcome, only_one, run_study, select_best
+from tune.sweep import Outcome, only_one, run_study
 from tune.tracking import connect
 
 SLOW = pytest.mark.slow
@@ -375,7 +377,7 @@ def stormy(root: Path) -> Storm:
             stop_by_hand(second, storm)
         storm.survivors = first.left()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tune.sweep.judge", no_judge)
+        patch.setattr("tune.choice.judge", no_judge)
         storm.outcome = run_study(load_study(path))
     return storm
 
@@ -542,7 +544,7 @@ class Inline:
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Inline]:
     """Puts it there."""
-    monkeypatch.setattr("tune.sweep.judge", no_judge)
+    monkeypatch.setattr("tune.choice.judge", no_judge)
 
     def place(*faults: BaseException) -> Inline:
         made = Inline(*faults)
@@ -625,6 +627,52 @@ def test_the_ledger_ends_a_study_and_the_summary_says_so(
     assert outcome.statement["spent"] <= 0.3
     assert "ended early: " in capsys.readouterr().out
     assert study_status(outcome.folder) == "FINISHED"
+
+
+def noisy_trial(steps: int, score_noise: float) -> dict[str, Any]:
+    """A small trial that is scored by private validation images."""
+    return {
+        "data": {"name": "digits", "validation": "private"},
+        "generator": {"latent_dim": 4, "hidden_dim": 4, "embed_dim": 4},
+        "sinkhorn": {"cost": "l2", "gen_batch_size": 10},
+        "privacy": {
+            "noise_multiplier": 3, "delta": 5e-5, "batch_size": 100, "step_limit": steps, "score_noise": score_noise,
+        },
+        "evaluation": {"points": 2, "samples": 100, "classifiers": ["logreg"]},
+    }  # fmt: skip
+
+
+def test_a_study_on_private_validation_images_costs_the_larger_of_its_accounts(
+    root: Path, inline: Callable[..., Inline]
+) -> None:
+    inline()
+    trial = noisy_trial(steps=4, score_noise=5)
+    outcome = run_study(load_study(write_study(root, "noisy", trials=3, trial=trial, baselines={})))
+    training = planned_epsilon([TrialCost(100 / 1437, 3.0, 4)] * 3, 5e-5, adaptive=False)
+    scores = planned_epsilon([TrialCost(1.0, 5.0, 2)] * 3, 5e-5, adaptive=False)
+    assert outcome.statement["study_epsilon"] == scores == outcome.statement["spent"]
+    assert (training or 0) < (scores or 0)
+    assert outcome.best and set(outcome.folder.reports(outcome.best.name)[-1].metrics) == {"accuracy_logreg"}
+
+
+def test_scores_on_private_validation_images_end_a_study(root: Path, inline: Callable[..., Inline]) -> None:
+    """The training of all six would fit."""
+    inline()
+    trial = noisy_trial(steps=4, score_noise=5)
+    path = write_study(root, "loud", trials=6, trial=trial, baselines={}, ledger={"study_epsilon": 1.8})
+    outcome = run_study(load_study(path))
+    assert outcome.finished and outcome.ended_early
+    assert 1 <= len(states(outcome.folder)) < 6
+    assert outcome.statement["spent"] <= 1.8
+
+
+def test_a_sweep_ends_with_the_whole_statement(
+    root: Path, inline: Callable[..., Inline], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inline()
+    path = write_study(root, "stated", steps=4, points=1, trials=1, baselines={})
+    _, out, _ = sweep(path, monkeypatch, capsys)
+    assert PrivacyStatement.from_dict(folder_of(path).statement()).text() in out
 
 
 def test_a_study_without_privacy_says_so_at_its_end(

@@ -459,3 +459,19 @@ def test_a_file_that_is_no_database_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mlflow.db").write_text("not a database, but text" * 100)
     with pytest.raises(InputError, match="not a database"):
         check_tracking(f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def test_a_study_that_has_ended_is_shown_finished_when_it_is_rebuilt(study: StudyFolder) -> None:
+    rebuild(study, unfinished="interrupted")
+    assert only_run(study, schema.KIND_STUDY).info.status == "FINISHED"
+
+
+def test_a_sealed_study_is_shown_finished_only_when_its_winner_is_out(tmp_path: Path, uri: str) -> None:
+    """It looks empty until then."""
+    study = make_study(tmp_path / "sealed", [], uri)
+    rebuild(study, unfinished="interrupted")
+    before = only_run(study, schema.KIND_STUDY).info.status
+    write_trial(study, Fake("winner"))
+    study.write_selection("winner")
+    rebuild(study, unfinished="interrupted")
+    assert (before, only_run(study, schema.KIND_STUDY).info.status) == ("KILLED", "FINISHED")

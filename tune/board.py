@@ -2,7 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Group
 from rich.live import Live
@@ -16,6 +16,51 @@ from tune.folder import TrialRecord
 STATE_STYLES = {"running": "cyan", "completed": "green", "failed": "red", "diverged": "red"}
 
 
+class _Shown:
+    """A live picture on a terminal while the context lasts; nothing elsewhere."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.ledger_text = ""
+        self._live = Live(
+            get_renderable=self.render, console=console.err, refresh_per_second=2,
+            vertical_overflow="visible",
+        )  # fmt: skip
+        self._terminal = console.err.is_terminal
+
+    def __enter__(self) -> Self:
+        if self._terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._terminal:
+            self._live.stop()
+
+    def render(self) -> Group:
+        """What the terminal shows now."""
+        raise NotImplementedError
+
+
+class SealedBoard(_Shown):
+    """Of a study whose trials are secret: that it runs, and for how long. Not how many, how good, or how far."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        super().__init__()
+
+    def __enter__(self) -> Self:
+        if not self._terminal:
+            console.err.print(f"{self.title} is running; it is sealed until its winner is known", markup=False)
+        return super().__enter__()
+
+    def render(self) -> Group:
+        """The title, the time since the start, and the ledger."""
+        minutes = (time.monotonic() - self.started) / 60
+        running = f"running for {minutes:.1f} min; sealed until its winner is known"
+        return Group(Text(self.title, style="bold"), Text(running), Text(self.ledger_text))
+
+
 @dataclass
 class Row:
     """The board's line for one trial."""
@@ -26,29 +71,14 @@ class Row:
     told: str = ""  # the last line printed, off a terminal
 
 
-class Board:
+class Board(_Shown):
     """Live table of a study's trials; a context manager."""
 
     def __init__(self, title: str, total: int, objective: str) -> None:
         self.title, self.total, self.objective = title, total, objective
         self.rows: dict[str, Row] = {}
-        self.started = time.monotonic()
         self.ended_before = 0
-        self.ledger_text = ""
-        self._live = Live(
-            get_renderable=self.render, console=console.err, refresh_per_second=2,
-            vertical_overflow="visible",
-        )  # fmt: skip
-        self._terminal = console.err.is_terminal
-
-    def __enter__(self) -> "Board":
-        if self._terminal:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._terminal:
-            self._live.stop()
+        super().__init__()  # last: it draws already
 
     def show(self, record: TrialRecord, state: str, values: dict[str, Any] | None = None) -> None:
         """Brings a trial's line up to date; off a terminal, prints it when it has changed."""

@@ -1,12 +1,15 @@
 """`dpsink-tune sweep · track`: hyperparameter studies from a shell."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dpsink import console
 from dpsink.cli import DataRoot, Json
+
+if TYPE_CHECKING:  # it takes seconds
+    from tune.study import Study
 
 app = console.new_app("dpsink-tune", "Run hyperparameter studies of private generators under one budget.")
 
@@ -24,7 +27,6 @@ def sweep(
     as_json: Json = False,
 ) -> None:
     """Run a study. To resume it, run the same command again."""
-    from tune.schema import ENDED
     from tune.study import load_study
 
     console.set_up_logging()
@@ -40,12 +42,21 @@ def sweep(
     else:
         print_summary(document)
     if not outcome.finished:
-        how, code = ("stopped", console.INTERRUPTED) if outcome.interrupted else ("Ray fell over", console.FAILED)
-        ended = sum(state in ENDED for state in document["trials"].values())
-        total = len(study.baselines) + study.algorithm.trials
-        console.fail(f"{how}: {ended} of {total} trials have ended; run the same command again to go on", code)
+        code = console.INTERRUPTED if outcome.interrupted else console.FAILED
+        console.fail(f"{outcome.problem}{_progress(study, document)}; run the same command again to go on", code)
     if outcome.best is None:
-        console.fail("no searched trial completed; the reasons are above", console.FAILED)
+        sealed = "no winner: every trial of the selection failed; why stays sealed"
+        console.fail(sealed if study.sealed else "no searched trial completed; the reasons are above", console.FAILED)
+
+
+def _progress(study: "Study", document: dict[str, Any]) -> str:
+    """How far a study is, unless that is secret."""
+    from tune.schema import ENDED
+
+    if study.sealed:
+        return ""
+    ended = sum(state in ENDED for state in document["trials"].values())
+    return f": {ended} of {len(study.baselines) + study.algorithm.trials} trials have ended"
 
 
 @app.callback()

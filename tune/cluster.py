@@ -24,13 +24,15 @@ from tune.search import StudySearcher
 from tune.study import Study
 from tune.trainable import run_trial
 
-log = logging.getLogger("dpsink")
-
 WORKER_RETRIES = 2  # of one trial whose process died
 
 
 class Interrupted(BaseException):
     """A person, or the system, asked the study to stop. No Exception: Tune would wait for its workers first."""
+
+
+class TooLarge(InputError):
+    """A trial needs more than the cluster has."""
 
 
 class Crashed(Exception):
@@ -42,6 +44,10 @@ class Listener(Protocol):
 
     def progressed(self, name: str, values: dict[str, Any]) -> None:
         """A trial reported."""
+        ...
+
+    def recovered(self, name: str, error: str) -> None:
+        """A trial's process died, and the trial goes on from its checkpoint."""
         ...
 
     def failed(self, name: str, error: str) -> None:
@@ -67,7 +73,7 @@ class _Relay(tune.Callback):
         self.listener.progressed(trial.config["trial"], result)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        log.warning("%s goes on from its checkpoint: %s", trial.config["trial"], _last_line(trial))
+        self.listener.recovered(trial.config["trial"], _last_line(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.listener.failed(trial.config["trial"], _last_line(trial))
@@ -76,10 +82,13 @@ class _Relay(tune.Callback):
 def run_on_ray(study: Study, folder: StudyFolder, searcher: StudySearcher, listener: Listener) -> None:
     """Runs the searcher's trials to the end.
 
+    Args:
+        folder: where the trials are, and Ray's own files will be.
+
     Raises:
         Interrupted: Ctrl-C or SIGTERM.
         Crashed: Ray fell over; what had ended by then is in the study folder.
-        InputError: a trial needs more than the cluster has.
+        TooLarge: a trial would wait for ever.
     """
     try:
         slots = _start(study)
@@ -121,7 +130,7 @@ def _start(study: Study) -> int:
         )  # fmt: skip
     there = ray.cluster_resources().get("CPU", 0)
     if study.resources.cpu > there:
-        raise InputError(f"resources.cpu={study.resources.cpu:g} must be at most the {there:g} CPUs there are")
+        raise TooLarge(f"resources.cpu={study.resources.cpu:g} must be at most the {there:g} CPUs there are")
     return int(there // study.resources.cpu)
 
 

@@ -10,6 +10,9 @@ STUDY/trials/NAME/trial.json  `TrialRecord`, written before the trial starts
 STUDY/trials/NAME/run/        the trial's run folder (`dpsink.checkpoint`)
 STUDY/trials/NAME/end.json    `TrialEnd`, written by the driver when the trial has ended
 STUDY/trials/NAME/test.json   metrics on the test split, of chosen trials only
+
+Under `release_best` the trials, the searcher's memory and the witness lie in STUDY/sealed, which its owner alone can
+look into, until `tune.sealing` has taken the winner out of it and written STUDY/selection.json.
 """
 
 import json
@@ -24,6 +27,7 @@ from dpsink.errors import InputError
 from tune import schema
 
 WITNESS = "witness.json"
+SELECTION = "selection.json"
 
 
 class StudyRecord(Strict):
@@ -56,6 +60,8 @@ class TrialRecord(Strict):
     steps: int
     sample_rate: float
     noise_multiplier: float
+    score_noise: float = 0.0
+    score_releases: int = Field(default=0, description="scores on private validation records, at most")
 
 
 class TrialEnd(Strict):
@@ -82,6 +88,11 @@ class StudyFolder:
     @property
     def search(self) -> Path:
         return self.path / "search"
+
+    @property
+    def sealed(self) -> "StudyFolder":
+        """The part whose content stays secret, in the form of a study folder: trials, search, witness."""
+        return StudyFolder(self.path / "sealed")
 
     def trial(self, name: str) -> Path:
         """Folder of a trial."""
@@ -158,6 +169,15 @@ class StudyFolder:
         """What the ledger has held, None before the first trial."""
         path = self.path / WITNESS
         return read_json(path) if path.exists() else None
+
+    def write_selection(self, winner: str | None) -> None:
+        """Records that a selection has ended, and its winner if there is one."""
+        write_atomically(self.path / SELECTION, json.dumps({"winner": winner}))
+
+    @property
+    def selected(self) -> bool:
+        """Whether a selection has ended; there is no way back."""
+        return (self.path / SELECTION).exists()
 
     def write_statement(self, statement: dict[str, Any]) -> None:
         """Records the ledger's present statement, for the study and beside every generator that came of it."""

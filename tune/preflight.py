@@ -2,16 +2,29 @@
 
 import itertools
 import math
+import random
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from dpsink.config import TrialConfig
 from dpsink.data import ImageData, load_dataset, private_records
 from dpsink.errors import InputError
+from dpsink.privacy.accounts import AccountTerms, TrialCosts
 from dpsink.privacy.ledger import TrialCost, planned_epsilon
 from dpsink.privacy.plan import PrivacyPlan, derive_plan
 from tune.study import Study
+
+# Searched paths that decide what a trial costs, in training and in scores; with none of them costs are fixed.
+COSTLY = frozenset({"privacy.noise_multiplier", "privacy.batch_size", "privacy.steps", "privacy.step_limit"})
+SCORE_NOISE = "privacy.score_noise"
+
+# Between the corners of a space a trial may cost a little more than at any of them, at some Rényi orders: by 4 % where
+# that was measured. A selection covers no trial that does, so its plan looks inside too, and adds a margin.
+PROBES = 12
+MARGIN = 1.02
 
 
 @dataclass(frozen=True)
@@ -20,17 +33,12 @@ class StudyPlan:
 
     Attributes:
         data: the loaded data set, the same for all trials.
-        baselines: name to plan.
-        worst_trial: the searched trial that costs the study most, over the corners of the space; None without
-            searched trials.
-        costs: worst case of every trial, in the order of the study.
+        terms: what the study asks of its privacy accounts.
         extractor: FID extractor with its number of images.
     """
 
     data: ImageData
-    baselines: dict[str, PrivacyPlan]
-    worst_trial: PrivacyPlan | None
-    costs: tuple[TrialCost, ...]
+    terms: AccountTerms
     extractor: str
     delta: float
     target_epsilon: float
@@ -49,33 +57,58 @@ def check_study(study: Study, data_root: Path | None) -> StudyPlan:
     configs = {name: study.baseline(name) for name in study.baselines}
     corners = _corners(study)
     common = _common_settings([*configs.values(), *corners])
-    if common.data.validation == "private":
-        raise InputError(
-            f"study {study.name}: data.validation=private is for single trials; a study selects on public images"
-        )
     data = load_dataset(common.data, root=data_root)
     if data.validation is None:
         raise InputError(
             f"study {study.name}: data.validation_size=0 leaves nothing to select on; set it (mnist: 5000)"
         )
-    baselines = {name: derive_plan(config, len(data.train)) for name, config in configs.items()}
-    worst = _worst_plan(corners, len(data.train))
-    searched = [worst] * study.algorithm.trials if worst else []
-    costs = tuple(cost_of_plan(plan) for plan in [*baselines.values(), *searched])
+    records = len(data.train)
+    baselines = [derive_plan(config, records) for config in configs.values()]
+    searched = _affordable(corners, records)
+    if study.sealed and len(corners) > 1:
+        searched += _affordable(_probes(study), records, needed=False)
     return StudyPlan(
         data=data,
-        baselines=baselines,
-        worst_trial=worst,
-        costs=costs,
-        extractor=f"{common.evaluation.extractor}@{len(data.validation)}",
+        terms=_account_terms(study, baselines, searched),
+        extractor=f"{common.evaluation.extractor}@{len(data.public_reference)}",
         delta=common.privacy.delta,
         target_epsilon=common.privacy.target_epsilon,
     )
 
 
-def cost_of_plan(plan: PrivacyPlan) -> TrialCost:
-    """A plan's worst case for the study's ledger."""
-    return TrialCost(sample_rate=plan.sample_rate, noise_multiplier=plan.noise_multiplier, steps=plan.steps)
+def _account_terms(study: Study, baselines: Sequence[PrivacyPlan], searched: Sequence[PrivacyPlan]) -> AccountTerms:
+    """What the accounts are asked to hold; `searched` has the plans that a searched trial may have."""
+    delta, private = searched[0].delta, searched[0].private
+    first = [TrialCosts.of(plan) for plan in baselines]
+    rest = [TrialCosts.of(plan) for plan in searched]
+    scores = [one.scores for one in rest if one.scores]
+    return AccountTerms(
+        planned=_planned(study, [one.training for one in first], [one.training for one in rest], delta),
+        planned_scores=_planned(study, [one.scores for one in first if one.scores], scores, delta),
+        adaptive=not COSTLY.isdisjoint(study.space),
+        adaptive_scores=SCORE_NOISE in study.space or len(set(scores)) > 1,
+        common={
+            "delta": delta,
+            "policy": study.ledger.policy,
+            "study_epsilon": study.ledger.study_epsilon if private else math.inf,
+            "selection": study.ledger.drawn,
+        },
+    )
+
+
+def _planned(study: Study, first: list[TrialCost], rest: list[TrialCost], delta: float) -> tuple[TrialCost, ...]:
+    """Worst cases on one account: of each trial in turn, or of all that the one trial of a selection may cost."""
+    if not rest:
+        return ()
+    if study.sealed:
+        kinds = sorted(set(rest), key=lambda cost: (cost.sample_rate, cost.noise_multiplier, cost.steps))
+        return tuple(kinds if len(kinds) == 1 else [_with_margin(cost) for cost in kinds])
+    worst = max(rest, key=lambda cost: _cost_of_ten(cost, delta))
+    return (*first, *[worst] * study.algorithm.trials)
+
+
+def _with_margin(cost: TrialCost) -> TrialCost:
+    return replace(cost, steps=math.ceil(cost.steps * MARGIN))
 
 
 def check_storage(folder: Path) -> None:
@@ -90,12 +123,26 @@ def check_storage(folder: Path) -> None:
 
 def _corners(study: Study) -> list[TrialConfig]:
     """Trials at the corners of the dimensions that decide what a trial costs."""
-    if study.algorithm.trials == 0 or not study.space:
-        return [study.configure({})]
-    first = {path: space.extremes[0] for path, space in study.space.items()}
-    costly = [path for path in study.space if path.startswith("privacy.") and path != "privacy.clip_norm"]
-    values = itertools.product(*(study.space[path].extremes for path in costly))
-    return [study.configure({**first, **dict(zip(costly, corner, strict=True))}) for corner in values]
+    costly = _costly(study)
+    corners = itertools.product(*(study.space[path].extremes for path in costly))
+    return [_with_costly(study, dict(zip(costly, corner, strict=True))) for corner in corners]
+
+
+def _probes(study: Study) -> list[TrialConfig]:
+    """Trials inside the space, the same ones each time: what is planned may not depend on chance."""
+    spread = random.Random(0)
+    return [
+        _with_costly(study, {path: study.space[path].at(spread.random()) for path in _costly(study)})
+        for _ in range(PROBES)
+    ]
+
+
+def _costly(study: Study) -> list[str]:
+    return [path for path in study.space if path.startswith("privacy.") and path != "privacy.clip_norm"]
+
+
+def _with_costly(study: Study, values: dict[str, Any]) -> TrialConfig:
+    return study.configure({path: space.extremes[0] for path, space in study.space.items()} | values)
 
 
 def _common_settings(configs: list[TrialConfig]) -> TrialConfig:
@@ -114,23 +161,23 @@ def _common_settings(configs: list[TrialConfig]) -> TrialConfig:
     return first
 
 
-def _worst_plan(corners: list[TrialConfig], records: int) -> PrivacyPlan | None:
-    """The most expensive corner that affords a step.
+def _affordable(configs: Sequence[TrialConfig], records: int, *, needed: bool = True) -> list[PrivacyPlan]:
+    """The plans of those trials that afford a step.
 
     Raises:
-        InputError: no corner affords one.
+        InputError: none does, and one is needed.
     """
     plans, errors = [], []
-    for config in corners:
+    for config in configs:
         try:
             plans.append(derive_plan(config, records))
         except InputError as error:
             errors.append(error)
-    if not plans:
+    if needed and not plans:
         raise errors[0]
-    return max(plans, key=_cost_of_ten)
+    return plans
 
 
-def _cost_of_ten(plan: PrivacyPlan) -> float:
-    """What ten such trials cost together, to compare plans by; without privacy all are alike."""
-    return planned_epsilon([cost_of_plan(plan)] * 10, delta=plan.delta) or 0.0
+def _cost_of_ten(cost: TrialCost, delta: float) -> float:
+    """What ten such trials cost together, to compare costs by; without privacy all are alike."""
+    return planned_epsilon([cost] * 10, delta=delta) or 0.0

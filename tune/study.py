@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from pydantic import Field, field_validator, model_validator
 
 from dpsink.config import EvaluationConfig, Strict, TrialConfig, flatten, nearest, read_yaml, set_path, validate
 from dpsink.errors import InputError
+from dpsink.privacy.ledger import Policy, Selection
 from tune import schema
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -53,6 +55,15 @@ class Distribution(Strict):
         """Values at the edge of the dimension, for the preflight: all choices, or both bounds."""
         return self.choice if self.choice is not None else self.bounds
 
+    def at(self, quantile: float) -> Any:
+        """The value below which that part in [0, 1) of the proposals lies."""
+        if self.choice is not None:
+            return self.choice[int(quantile * len(self.choice))]
+        low, high = self.bounds
+        if self.integer is not None:
+            return int(low + quantile * (high - low + 1))
+        return low * (high / low) ** quantile if self.log_uniform is not None else low + quantile * (high - low)
+
 
 class Algorithm(Strict):
     """How configurations are proposed."""
@@ -69,13 +80,36 @@ class Resources(Strict):
     concurrency: int = Field(default=0, ge=0, description="trials at the same time; 0: as many as fit")
 
 
+class SelectionConfig(Strict):
+    """How the secret number of trials of `release_best` is drawn."""
+
+    expected_trials: float = Field(gt=1, lt=1e9, description="mean; a study may run several times as many")
+    shape: Literal["logarithmic", "geometric"] = Field(
+        default="logarithmic", description="logarithmic costs least, geometric spreads less"
+    )
+
+
 class LedgerConfig(Strict):
     """The study's own privacy account."""
 
-    policy: Literal["compose_all", "per_trial_only"] = "compose_all"
+    policy: Policy = "compose_all"
     study_epsilon: float | None = Field(
         default=None, gt=0, description="bound for the whole study; default: the worst case that is planned"
     )
+    selection: SelectionConfig | None = Field(default=None, description="of policy release_best")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> "LedgerConfig":
+        if (self.selection is not None) != (self.policy == "release_best"):
+            raise ValueError("policy release_best and selection go together: set both, or neither")
+        if self.selection is not None and self.study_epsilon is not None:
+            raise ValueError("study_epsilon follows from the selection under release_best: leave it out")
+        return self
+
+    @property
+    def drawn(self) -> Selection | None:
+        """The distribution of the number of trials, where it is drawn."""
+        return Selection(self.selection.expected_trials, self.selection.shape) if self.selection else None
 
 
 class Tracking(Strict):
@@ -125,6 +159,29 @@ class Study(Strict):
             if not NAME.fullmatch(name):
                 raise ValueError(f"baseline '{name}' must be named with letters, digits, '.', '_' or '-'")
         return value
+
+    @model_validator(mode="after")
+    def _sealed_trials_are_alike(self) -> "Study":
+        if not self.sealed:
+            return self
+        if self.algorithm.kind != "random":
+            raise ValueError("algorithm.kind must be random under release_best: its trials may not learn")
+        for field in ("trials", "seed"):
+            if field in self.algorithm.model_fields_set:
+                raise ValueError(f"algorithm.{field} is drawn in secret under release_best: leave it out")
+        if self.baselines:
+            raise ValueError("baselines are no part of what release_best selects from: run them as their own study")
+        return self
+
+    @property
+    def sealed(self) -> bool:
+        """Whether only the winner is published, and all else about the trials stays secret."""
+        return self.ledger.policy == "release_best"
+
+    def to_yaml(self) -> str:
+        """All settings, as the study's folder keeps them; of a sealed study without those that it does not have."""
+        unused = {"algorithm": {"trials", "seed"}} if self.sealed else {"ledger": {"selection"}}
+        return yaml.safe_dump(self.model_dump(mode="json", exclude=unused), sort_keys=False, allow_unicode=True)
 
     def configure(self, params: Mapping[str, Any]) -> TrialConfig:
         """The base trial with searched values put in.

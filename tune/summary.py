@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dpsink import console
-from dpsink.privacy.plan import NON_PRIVATE
+from dpsink.privacy.ledger import PrivacyStatement
 from tune import schema
 from tune.folder import TrialRecord
 from tune.study import Study
@@ -38,7 +38,8 @@ def print_summary(document: dict[str, Any]) -> None:
     """The document for people."""
     _print_runs(document)
     out = console.out
-    out.print(f"\nprivacy: {_privacy_text(document['statement'])}", markup=False, soft_wrap=True)
+    out.print()
+    out.print(PrivacyStatement.from_dict(document["statement"]).text(), markup=False, soft_wrap=True)
     for name, error in document["failed"].items():
         out.print(f"failed: {name}: {error}", markup=False, soft_wrap=True)
     if document["ended_early"]:
@@ -49,21 +50,10 @@ def print_summary(document: dict[str, Any]) -> None:
     out.print(f"next:    dpsink-analysis best {_shell_path(document['folder'])}", markup=False, soft_wrap=True)
 
 
-def _privacy_text(statement: dict[str, Any]) -> str:
-    if statement["non_private"]:
-        return f"{NON_PRIVATE}: trained without noise, nothing is promised"
-    study_epsilon = statement["study_epsilon"]
-    claim = "no claim for the whole study" if study_epsilon is None else f"whole study ε ≤ {study_epsilon:.4g}"
-    return (
-        f"each trial ε ≤ {statement['trial_epsilon']:.4g}, {claim}, "
-        f"δ = {statement['study_delta']:g} (spent so far: {statement['spent']:.4g})"
-    )
-
-
 def _print_runs(document: dict[str, Any]) -> None:
     runs = document["runs"]
     if not runs:
-        console.out.print("no trial completed", markup=False)
+        console.out.print("nothing to show: no trial has completed, or all are sealed", markup=False)
         return
     made = console.table("", *[run["label"] for run in runs], title="baselines and best, on the test split")
     made.add_row("ε", *[console.metric_text(run["epsilon"]) for run in runs])

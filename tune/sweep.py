@@ -1,8 +1,6 @@
-"""Runs a study: preflight, ledger, Ray Tune, and the last word on the chosen runs. Resumes by itself."""
+"""Runs a study: preflight, privacy accounts, a session of trials. Resumes by itself."""
 
 import fcntl
-import logging
-import math
 import os
 import time
 import uuid
@@ -13,24 +11,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dpsink.config import dump_config
 from dpsink.data import default_root
 from dpsink.errors import InputError
-from dpsink.judging import judge
-from dpsink.privacy.ledger import StudyLedger, planned_epsilon
-from dpsink.training import use_threads
-from tune import schema
-from tune.board import Board
-from tune.folder import StudyFolder, StudyRecord, TrialEnd, TrialRecord
+from dpsink.privacy.accounts import StudyAccounts
+from dpsink.privacy.storage import DamagedLedger
+from tune.choice import select_best
+from tune.folder import StudyFolder, StudyRecord, TrialRecord
 from tune.preflight import StudyPlan, check_storage, check_study
-from tune.search import StudySearcher
+from tune.session import Session
 from tune.study import Study
 from tune.tracking import MLflowTracker, check_tracking
-
-log = logging.getLogger("dpsink")
-
-CHOSEN_BY = ("fid", "accuracy")  # what analysis selects by, besides the study's own objective
-SESSIONS = 3  # how often Ray may fall over as a whole before a person is asked
 
 
 @dataclass(frozen=True)
@@ -40,7 +30,8 @@ class Outcome:
     folder: StudyFolder
     record: StudyRecord
     finished: bool
-    interrupted: bool  # by a person or the system; otherwise an unfinished study fell over
+    interrupted: bool  # by a person or the system
+    problem: str  # why an unfinished study is not finished
     best: TrialRecord | None
     statement: dict[str, Any]
     ended_early: str | None  # why no further trial started, where there were more to come
@@ -55,9 +46,11 @@ def run_study(study: Study, *, data_root: Path | None = None, retry_failed: bool
     """
     started = time.monotonic()
     folder = StudyFolder(study.storage.absolute() / study.name)
+    if study.sealed and retry_failed:
+        raise InputError("--retry-failed goes against release_best: there a failed trial counts as the worst; drop it")
     plan = check_study(study, data_root)
     if not folder.exists:
-        planned_epsilon(plan.costs, plan.delta, **_ledger_policy(study, plan))
+        plan.terms.check()
     check_storage(folder.path)
     check_tracking(folder.read_study().tracking_uri if folder.exists else tracking_uri(study))
     # Until here nothing is written: a study that is refused leaves nothing behind.
@@ -65,8 +58,10 @@ def run_study(study: Study, *, data_root: Path | None = None, retry_failed: bool
         record = _open_study(study, folder, plan)
         if retry_failed:
             _forget_failures(folder)
-        with open_ledger(study, folder, plan) as ledger:
-            session = _Session(study, folder, plan, ledger, (data_root or default_root()).absolute())
+        if folder.selected:
+            return _after_selection(study, folder, record, started)
+        with open_accounts(study, folder, plan) as accounts:
+            session = _make_session(study, folder, plan, accounts, (data_root or default_root()).absolute())
             try:
                 session.run()
             finally:
@@ -76,6 +71,7 @@ def run_study(study: Study, *, data_root: Path | None = None, retry_failed: bool
         record=record,
         finished=session.finished,
         interrupted=session.interrupted,
+        problem=session.problem,
         best=select_best(folder, study.objective),
         statement=statement,
         ended_early=session.searcher.refused,
@@ -83,154 +79,48 @@ def run_study(study: Study, *, data_root: Path | None = None, retry_failed: bool
     )
 
 
-def open_ledger(study: Study, folder: StudyFolder, plan: StudyPlan) -> StudyLedger:
-    """The study's privacy account, created with its promise before the first trial."""
-    return StudyLedger.open(
-        folder.ledger, delta=plan.delta, planned=plan.costs, witness=folder.witness(), **_ledger_policy(study, plan)
+def open_accounts(study: Study, folder: StudyFolder, plan: StudyPlan) -> StudyAccounts:
+    """The study's privacy accounts, created with their promise before the first trial."""
+    witness = (folder.sealed if study.sealed else folder).witness()
+    try:
+        return StudyAccounts.open(folder.ledger, plan.terms, witness=witness)
+    except DamagedLedger:
+        if study.sealed:
+            raise InputError(
+                f"ledger {folder.ledger}: is damaged; the details would tell of its trials; restore it from a "
+                "backup, or start anew under a new name"
+            ) from None
+        raise
+
+
+def _make_session(
+    study: Study, folder: StudyFolder, plan: StudyPlan, accounts: StudyAccounts, data_root: Path
+) -> Session:
+    if not study.sealed:
+        return Session(study, folder, plan, accounts, data_root)
+    from tune.sealing import SealedSession
+
+    return SealedSession(study, folder, plan, accounts, data_root)
+
+
+def _after_selection(study: Study, folder: StudyFolder, record: StudyRecord, started: float) -> Outcome:
+    """A selection that has ended: nothing is run, what a kill has left of it is destroyed, and MLflow catches up."""
+    from tune.sealing import destroy_sealed
+
+    destroy_sealed(folder)
+    tracker = MLflowTracker(record.tracking_uri, folder)
+    tracker.close(study="completed")
+    return Outcome(
+        folder=folder,
+        record=record,
+        finished=True,
+        interrupted=False,
+        problem="",
+        best=select_best(folder, study.objective),
+        statement=folder.statement(),
+        ended_early=None,
+        seconds=time.monotonic() - started,
     )
-
-
-def _ledger_policy(study: Study, plan: StudyPlan) -> dict[str, Any]:
-    return {
-        "policy": study.ledger.policy,
-        "study_epsilon": study.ledger.study_epsilon if plan.private else math.inf,
-        "adaptive": any(path in COSTLY for path in study.space),
-    }
-
-
-# Searched paths that decide what a trial costs; with none of them the list of costs is fixed in advance.
-COSTLY = frozenset({"privacy.noise_multiplier", "privacy.batch_size", "privacy.steps", "privacy.step_limit"})
-
-
-def select_best(folder: StudyFolder, metric: str) -> TrialRecord | None:
-    """The completed searched trial that is best by a validation metric; ties go to the lower ε, then to the name.
-
-    The same order as `dpsink-analysis best`, so that both name the same run.
-    """
-    sign = 1 if schema.mode_of(metric) == "min" else -1
-    ranked = [
-        ((sign * reports[-1].metrics[metric], reports[-1].epsilon, record.name), record)
-        for record in folder.trials()
-        if record.role == schema.ROLE_SEARCH
-        and (end := folder.end_of(record.name)) is not None
-        and end.state == "completed"
-        and (reports := folder.reports(record.name))
-        and metric in reports[-1].metrics
-    ]
-    return min(ranked, key=lambda pair: pair[0])[1] if ranked else None
-
-
-class _Session:
-    """One session of a study: the searcher, the board and the tracker around Ray."""
-
-    def __init__(
-        self, study: Study, folder: StudyFolder, plan: StudyPlan, ledger: StudyLedger, data_root: Path
-    ) -> None:
-        self.study, self.folder, self.plan, self.ledger, self.data_root = study, folder, plan, ledger, data_root
-        total = len(study.baselines) + study.algorithm.trials
-        self.board = Board(f"study {study.name}", total, study.objective)
-        self.finished = self.interrupted = False
-        self._write_statement()
-        worker = {"data_root": str(data_root), "threads": 1}
-        self.searcher = StudySearcher(study, folder, ledger, len(plan.data.train), worker, self._changed)
-        self._restore_board()
-        self.tracker = MLflowTracker(folder.read_study().tracking_uri, folder)
-
-    def run(self) -> None:
-        """Runs the trials, and judges the chosen ones when no trial is left."""
-        self._run_trials()
-        if not self.interrupted and not self.searcher.unfinished:
-            self._judge_chosen()
-            self.finished = True
-
-    def _run_trials(self) -> None:
-        """Lets Ray work until no trial is left, taking up again what a crash of Ray left unfinished."""
-        with self.board:
-            for session in range(SESSIONS):
-                if session:
-                    log.warning("the study is not finished; starting Ray again")
-                    self.searcher = StudySearcher(
-                        self.study, self.folder, self.ledger, len(self.plan.data.train), self.searcher.worker,
-                        self._changed,
-                    )  # fmt: skip
-                if self.searcher.remaining == 0 or self._fit():
-                    return
-
-    def close(self) -> dict[str, Any]:
-        """Writes the statement and closes the books, however the session ended."""
-        statement = self._write_statement()
-        self.tracker.poke()
-        self.tracker.close(study="completed" if self.finished else "interrupted")
-        return statement
-
-    def progressed(self, name: str, values: dict[str, Any]) -> None:
-        """A trial reported."""
-        self.board.show(self.folder.read_trial(name), "running", values)
-        self.tracker.poke(name)
-
-    def failed(self, name: str, error: str) -> None:
-        """A trial's process failed for good."""
-        self.folder.end_trial(name, TrialEnd(state="failed", error=error))
-        self._changed(name)
-
-    def _fit(self) -> bool:
-        """One run of Ray Tune; False if it fell over before the study was finished."""
-        from tune.cluster import Crashed, Interrupted, run_on_ray
-
-        try:
-            run_on_ray(self.study, self.folder, self.searcher, self)
-        except Interrupted:
-            self.interrupted = True
-        except Crashed as error:
-            log.warning("Ray fell over: %s", error)
-        return self.interrupted or not self.searcher.unfinished
-
-    def _changed(self, name: str) -> None:
-        self.folder.write_witness(self.ledger.witness())
-        end = self.folder.end_of(name)
-        reports = self.folder.reports(name)
-        values = {**reports[-1].metrics, "epsilon": reports[-1].epsilon} if reports else {}
-        if end:  # not at each start as well: composing costs that are fixed takes a second
-            self._show_spent(self.ledger.spent())
-        self.board.show(self.folder.read_trial(name), end.state if end else "running", values)
-        self.tracker.poke(name)
-
-    def _restore_board(self) -> None:
-        for record in self.folder.trials():
-            end = self.folder.end_of(record.name)
-            if end is not None:
-                reports = self.folder.reports(record.name)
-                values = {**reports[-1].metrics, "epsilon": reports[-1].epsilon} if reports else {}
-                self.board.restore(record, end.state, values)
-
-    def _judge_chosen(self) -> None:
-        """The test split's only use: the runs that are best by something, and the baselines, each once."""
-        use_threads(1)  # a second one waits more than it works on images this small
-        best = [select_best(self.folder, metric) for metric in (self.study.objective, *CHOSEN_BY)]
-        for record in self.folder.trials():
-            chosen = record.role == schema.ROLE_BASELINE or record in best
-            end = self.folder.end_of(record.name)
-            if chosen and end and end.state == "completed" and not self.folder.test_metrics(record.name):
-                answer = judge(
-                    self.folder.run(record.name), samples=self.study.test_samples, data_root=self.data_root,
-                    extractor=record.config.evaluation.extractor,
-                )  # fmt: skip
-                self.folder.write_test(record.name, answer["metrics"])
-                self.tracker.poke(record.name)
-
-    def _write_statement(self) -> dict[str, Any]:
-        self.folder.write_witness(self.ledger.witness())
-        statement = self.ledger.statement(self.plan.target_epsilon)
-        self._show_spent(statement.spent)
-        self.folder.write_statement(statement.to_dict())
-        return statement.to_dict()
-
-    def _show_spent(self, spent: float) -> None:
-        self.board.ledger_text = f"study ε ≤ {_shown(self.ledger.cap)}, spent {_shown(spent)}"
-
-
-def _shown(epsilon: float | None) -> str:
-    return "–" if epsilon is None else f"{epsilon:.4g}"
 
 
 @contextmanager
@@ -253,7 +143,6 @@ def only_one(folder: StudyFolder) -> Iterator[None]:
 
 
 def _open_study(study: Study, folder: StudyFolder, plan: StudyPlan) -> StudyRecord:
-    text = dump_config(study)
     if folder.exists:
         return _check_same_study(study, folder, plan)
     record = StudyRecord(
@@ -271,7 +160,7 @@ def _open_study(study: Study, folder: StudyFolder, plan: StudyPlan) -> StudyReco
         objectives=(study.objective,),
         searched=tuple(study.space),
     )
-    folder.write_study(record, text)
+    folder.write_study(record, study.to_yaml())
     return record
 
 
@@ -285,7 +174,7 @@ def _check_same_study(study: Study, folder: StudyFolder, plan: StudyPlan) -> Stu
     record = folder.read_study()
     if record.data_fingerprint != plan.data.fingerprint:
         raise InputError(f"study {study.name}: the data are not those it was started on; give it another name")
-    if (folder.path / "study.yaml").read_text(encoding="utf-8") != dump_config(study):
+    if (folder.path / "study.yaml").read_text(encoding="utf-8") != study.to_yaml():
         raise InputError(
             f"study {study.name}: its settings differ from {folder.path / 'study.yaml'}, with which it was "
             "started; give it another name, or the old settings"

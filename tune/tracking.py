@@ -85,7 +85,7 @@ def rebuild(folder: StudyFolder, uri: str | None = None, *, unfinished: schema.S
     check_tracking(uri)
     mirror = Mirror(connect(uri), folder)
     trials = folder.trials()
-    mirror.study(unfinished)
+    mirror.study(unfinished and mirror.study_state())
     for trial in trials:
         mirror.trial(trial.name, unfinished)
     return len(trials)
@@ -107,7 +107,7 @@ class Mirror:
         run = self._find(schema.KIND_STUDY) or self._create_study()
         self._describe_study(run)
         self._log_statement(run)
-        self._set_state(run, TrialEnd(state=state or _shown_state(run) or self._study_state()), time.time())
+        self._set_state(run, TrialEnd(state=state or _shown_state(run) or self.study_state()), time.time())
 
     def trial(self, name: str, state: schema.State | None) -> None:
         """A child run: settings, reports, samples, metrics on the test split, and its state.
@@ -169,9 +169,11 @@ class Mirror:
         start = _milliseconds(started)
         return self.client.create_run(self._experiment, start_time=start, tags=tags, run_name=name)
 
-    def _study_state(self) -> schema.State:
-        ended = all(self.folder.end_of(trial.name) for trial in self.folder.trials())
-        return "completed" if ended else "interrupted"
+    def study_state(self) -> schema.State:
+        """The state of a study at which nobody works, as far as its folder tells."""
+        trials = self.folder.trials()
+        ended = all(self.folder.end_of(trial.name) for trial in trials)
+        return "completed" if self.folder.selected or (trials and ended) else "interrupted"
 
     def _describe_study(self, run: "Run") -> None:
         facts = flatten(self.record)

@@ -25,7 +25,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
@@ -170,8 +170,8 @@ def plan_study(
         policy: see the module.
         study_epsilon: the most that the study may spend; by default what `costs` need. `compose_all` only, but
             infinity makes a study of any policy one without privacy.
-        adaptive: whether the costs may depend on earlier results. With False the list is fixed in advance (a
-            list of one always is) and composed by PLD; all other hyperparameters may still be adaptive.
+        adaptive: whether a trial may cost something else than what is listed for it. With False the list is
+            fixed in advance and composed by PLD; all other hyperparameters may still be adaptive.
         selection: how many trials `release_best` runs.
 
     Raises:
@@ -186,7 +186,7 @@ def plan_study(
         return _plan_selection(costs, delta, selection)
     if any(cost.noise_multiplier == 0 for cost in costs):
         return _plan_without_privacy(study_epsilon)
-    if costs and (not adaptive or len(costs) == 1):
+    if costs and not adaptive:
         composed = composed_epsilon(costs, delta)
         if composed <= (study_epsilon or math.inf):
             return StudyPlan("fixed_costs", composed)
@@ -211,15 +211,16 @@ def composed_epsilon(costs: Iterable[TrialCost], delta: float) -> float:
     steps: Counter[tuple[float, float]] = Counter()  # by (sample rate, noise multiplier)
     for cost in costs:
         steps[cost.sample_rate, cost.noise_multiplier] += cost.steps
-    kinds = [TrialCost(*kind, total) for kind, total in steps.items() if total and kind[0]]
+    kinds = sorted((TrialCost(*kind, total) for kind, total in steps.items() if total and kind[0]), key=astuple)
     if any(kind.noise_multiplier == 0 for kind in kinds):
         return math.inf
     if len(kinds) == 1:
         return epsilon(**asdict(kinds[0]), delta=delta)
-    return _mixed_epsilon(kinds, delta) if kinds else 0.0
+    return _mixed_epsilon(tuple(kinds), delta) if kinds else 0.0
 
 
-def _mixed_epsilon(kinds: Sequence[TrialCost], delta: float) -> float:
+@lru_cache(maxsize=256)  # a composition takes a second, and a study asks again whenever a trial has ended
+def _mixed_epsilon(kinds: tuple[TrialCost, ...], delta: float) -> float:
     """ε of different mechanisms by PLD, and never more than by RDP."""
     bound = _rdp_epsilon(kinds, delta)
     allowed = delta - 2.0**-50 * sum(kind.steps for kind in kinds)  # less what FFTs may hide, as in `accounting.py`
@@ -359,6 +360,8 @@ class PrivacyStatement:
         not_covered: what the claims do not speak of.
         non_private: no privacy at all.
         adjacency: which data sets are hard to tell apart.
+        accounts: where disjoint records are charged apart (`accounts.py`), name of an account to its `epsilon`,
+            `guarantee`, `order` and `spent`; the study's ε is the largest. Empty where there is one account.
     """
 
     policy: Policy
@@ -374,6 +377,7 @@ class PrivacyStatement:
     not_covered: tuple[str, ...]
     non_private: bool
     adjacency: str = "adding or removing one record; the number of records N is public"
+    accounts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields; infinity, which JSON lacks, is the string `inf`."""
@@ -397,6 +401,7 @@ class PrivacyStatement:
             "NON-PRIVATE: no privacy guarantee holds." if self.non_private else "Privacy statement",
             f"Each trial on its own: {_pair(self.trial_epsilon, self.trial_delta)}.",
             f"The study, policy {self.policy}: {study}.",
+            *self._account_lines(),
             f"Spent so far: epsilon {_rounded_up(self.spent)}; a reading, which is not a claim.",
             f"Adjacency: {self.adjacency}.",
             f"Accountants: {', '.join(self.accountants)}.",
@@ -404,6 +409,18 @@ class PrivacyStatement:
             *_listed("Not covered:", self.not_covered),
         ]
         return "\n".join(textwrap.fill(p, 80, subsequent_indent="  ") for p in paragraphs) + "\n"
+
+    def _account_lines(self) -> list[str]:
+        """The accounts of disjoint records, the larger first."""
+        readings = sorted(
+            self.accounts.items(), key=lambda account: (account[1]["epsilon"] or 0.0, account[1]["spent"]), reverse=True
+        )
+        lines = [
+            f"{name} records: {_pair(one['epsilon'], self.study_delta)}; spent so far: {_rounded_up(one['spent'])}"
+            for name, one in readings
+        ]
+        title = "Accounts of records that are never in both; the larger, named first, is the study's:"
+        return _listed(title, lines) if lines else []
 
 
 def trial_statement(trial_epsilon: float, delta: float) -> PrivacyStatement:
@@ -449,7 +466,12 @@ _TRIAL_ID = re.compile(r"[A-Za-z0-9_.-]{1,100}")
 
 
 def _promise(
-    planned: Sequence[TrialCost], delta: float, *, selection: Selection | None, **options: Any
+    planned: Sequence[TrialCost],
+    delta: float,
+    *,
+    selection: Selection | None,
+    partner: StudyLedger | None,
+    **options: Any,
 ) -> dict[str, Any]:
     plan = plan_study(planned, delta, selection=selection, **options)
     if plan.epsilon == math.inf and options["study_epsilon"] != math.inf:
@@ -458,7 +480,8 @@ def _promise(
             " study_epsilon to inf to say that this is meant"
         )
     costs = [asdict(cost) for cost in planned]
-    return {"plan": asdict(plan), "planned": costs, "trials": selection.draw() if selection else None}
+    trials = partner.trials if partner else selection.draw() if selection else None
+    return {"plan": asdict(plan), "planned": costs, "trials": trials}
 
 
 def _recorded(records: Mapping[str, Any], kind: str) -> list[tuple[str, Any]]:
@@ -503,6 +526,7 @@ class StudyLedger:
         adaptive: bool = True,
         selection: Selection | None = None,
         witness: Mapping[str, Any] | None = None,
+        partner: StudyLedger | None = None,
     ) -> StudyLedger:
         """Open a study's ledger, or create it and with it fix the promise (and draw K) once and for all.
 
@@ -511,6 +535,7 @@ class StudyLedger:
             delta, policy, study_epsilon, adaptive, selection: see `plan_study`; they never change.
             planned: the `costs` of `plan_study`; looked at only when the ledger is created.
             witness: `witness()` as stored elsewhere, to find out whether the ledger has lost anything.
+            partner: ledger of the same trials on other records: K is drawn once, and this one takes its.
 
         Raises:
             InputError: in use by another process, an argument has changed, is outside its range, or makes the
@@ -523,7 +548,7 @@ class StudyLedger:
         storage = as_storage(place)
         # Wrong arguments are refused before they make a ledger that could only be thrown away.
         new = _PROMISE not in storage.names()
-        promise = _promise(planned, delta, selection=selection, **options) if new else {}
+        promise = _promise(planned, delta, selection=selection, partner=partner, **options) if new else {}
         with ExitStack() as on_error:
             chain = on_error.enter_context(Chain.open(storage, terms, witness=witness))
             if _PROMISE not in chain.data:
@@ -545,6 +570,19 @@ class StudyLedger:
         """
         return self._trials
 
+    @property
+    def admitted(self) -> frozenset[str]:
+        """Trials that may have started. With `release_best` as secret as their number."""
+        return frozenset(self._admitted)
+
+    def covers(self, cost: TrialCost) -> bool:
+        """Whether the plan speaks of trials of this cost; `admit` refuses others for good."""
+        if self.plan.guarantee == "fixed_costs":
+            return cost in self._planned
+        if self.plan.guarantee == "selection":
+            return bool((cost.rdp() <= _envelope(self._planned) * (1 + _ROUNDING)).all())
+        return True
+
     def admit(self, trial_id: str, cost: TrialCost) -> None:
         """Reserve a trial's worst case, durable before this returns; only then may the trial start.
 
@@ -560,15 +598,21 @@ class StudyLedger:
             FencedError: another driver has opened the ledger; nothing is admitted.
             OSError: the storage failed; nothing is admitted.
         """
+        self.check(trial_id, cost)
+        if trial_id not in self._admitted:
+            self._chain.append(f"admit-{trial_id}.json", asdict(cost))
+            self._admitted[trial_id] = cost
+
+    def check(self, trial_id: str, cost: TrialCost) -> None:
+        """Raises what `admit` would raise about a trial, and records nothing."""
         _require(bool(_TRIAL_ID.fullmatch(trial_id)), "trial_id", trial_id, "letters, digits, _ . - (at most 100)")
         if trial_id in self._admitted:
             _require(cost == self._admitted[trial_id], "cost", cost, f"{self._admitted[trial_id]} for {trial_id}")
             return
-        self._refuse_unplanned(cost)
+        rule = {"fixed_costs": "one of the costs", "selection": "at most the highest of the costs"}
+        _require(self.covers(cost), "cost", cost, f"{rule.get(self.plan.guarantee)} that were planned")
         if reason := self._exhausted(cost):
             raise BudgetExhausted(f"trial {trial_id} may not start: {reason}")
-        self._chain.append(f"admit-{trial_id}.json", asdict(cost))
-        self._admitted[trial_id] = cost
 
     def settle(self, trial_id: str, steps_charged: int) -> None:
         """Record what a trial that has ended was charged; the rest of its worst case is free again.
@@ -634,13 +678,6 @@ class StudyLedger:
     def _charged(self) -> list[TrialCost]:
         """What each admitted trial costs: what ran if it is settled, its worst case if not."""
         return [replace(cost, steps=self._settled.get(trial, cost.steps)) for trial, cost in self._admitted.items()]
-
-    def _refuse_unplanned(self, cost: TrialCost) -> None:
-        if self.plan.guarantee == "fixed_costs":
-            _require(cost in self._planned, "cost", cost, "one of the costs that were planned")
-        if self.plan.guarantee == "selection":
-            within = bool((cost.rdp() <= _envelope(self._planned) * (1 + _ROUNDING)).all())
-            _require(within, "cost", cost, "at most the highest of the costs that were planned")
 
     def _exhausted(self, cost: TrialCost) -> str | None:
         """Why the study has no room for a trial, if it has none."""

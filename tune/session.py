@@ -1,0 +1,152 @@
+"""One session of a study: the searcher, the board and the tracker around Ray."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from dpsink.privacy.accounts import StudyAccounts
+from tune.board import Board
+from tune.choice import chosen_trials, judge_once
+from tune.folder import StudyFolder, TrialEnd
+from tune.preflight import StudyPlan
+from tune.search import StudySearcher
+from tune.study import Study
+from tune.tracking import MLflowTracker
+
+log = logging.getLogger("dpsink")
+
+SESSIONS = 3  # how often Ray may fall over as a whole before a person is asked
+
+
+class Session:
+    """A session of a study that shows everything; `tune.sealing` has the one that does not.
+
+    Args:
+        study: the checked study.
+        folder: its folder, written already.
+        plan: of the preflight.
+        accounts: open.
+        data_root: absolute.
+
+    Attributes:
+        finished: whether the study has ended.
+        problem: why not, where it has not: for a person, in few words.
+        interrupted: whether that was a person or the system.
+    """
+
+    def __init__(
+        self, study: Study, folder: StudyFolder, plan: StudyPlan, accounts: StudyAccounts, data_root: Path
+    ) -> None:
+        self.study, self.folder, self.plan, self.accounts, self.data_root = study, folder, plan, accounts, data_root
+        self.finished = self.interrupted = False
+        self.problem = "Ray fell over"
+        self.work = self._make_work()  # where trials are recorded and run
+        self.board: Any = self._make_board()
+        self.work.write_witness(accounts.witness())
+        self.write_statement()
+        self.searcher = self._make_searcher()
+        self._restore_board()
+        self.tracker = MLflowTracker(folder.read_study().tracking_uri, folder)
+
+    def run(self) -> None:
+        """Runs the trials, and concludes the study when none is left."""
+        self._run_trials()
+        if not self.interrupted and not self.searcher.unfinished:
+            self._conclude()
+            self.finished = True
+
+    def close(self) -> dict[str, Any]:
+        """Writes the statement and closes the books, however the session ended."""
+        statement = self.write_statement()
+        self.tracker.poke()
+        self.tracker.close(study="completed" if self.finished else "interrupted")
+        return statement
+
+    def progressed(self, name: str, values: dict[str, Any]) -> None:
+        """A trial reported."""
+        self.board.show(self.folder.read_trial(name), "running", values)
+        self.tracker.poke(name)
+
+    def recovered(self, name: str, error: str) -> None:
+        """A trial's process died, and the trial goes on."""
+        log.warning("%s goes on from its checkpoint: %s", name, error)
+
+    def failed(self, name: str, error: str) -> None:
+        """A trial's process failed for good."""
+        self.work.end_trial(name, TrialEnd(state="failed", error=error))
+        self.changed(name)
+
+    def changed(self, name: str) -> None:
+        """A trial is about to start, or has ended."""
+        self.work.write_witness(self.accounts.witness())
+        end = self.folder.end_of(name)
+        if end:  # not at each start as well: composing costs that are fixed takes a second
+            self._show_spent(self.accounts.spent())
+        self.board.show(self.folder.read_trial(name), end.state if end else "running", self._values(name))
+        self.tracker.poke(name)
+
+    def write_statement(self) -> dict[str, Any]:
+        """Records what may be said about the study's privacy by now."""
+        statement = self.accounts.statement(self.plan.target_epsilon)
+        self._show_spent(statement.spent)
+        self.folder.write_statement(statement.to_dict())
+        return statement.to_dict()
+
+    def _conclude(self) -> None:
+        for record in chosen_trials(self.folder, self.study.objective):
+            judge_once(self.study, self.folder, record, self.data_root)
+            self.tracker.poke(record.name)
+
+    def _run_trials(self) -> None:
+        """Lets Ray work until no trial is left, taking up again what a crash of Ray left unfinished."""
+        with self.board:
+            for session in range(SESSIONS):
+                if session:
+                    log.warning("the study is not finished; starting Ray again")
+                    self.searcher = self._make_searcher()
+                if self.searcher.remaining == 0 or self._fit():
+                    return
+
+    def _fit(self) -> bool:
+        """One run of Ray Tune; False if it fell over before the study was finished."""
+        from tune.cluster import Crashed, Interrupted, run_on_ray
+
+        try:
+            run_on_ray(self.study, self.work, self.searcher, self)
+        except Interrupted:
+            self.interrupted, self.problem = True, "stopped"
+        except Crashed as error:
+            self._crashed(str(error))
+        return self.interrupted or not self.searcher.unfinished
+
+    def _crashed(self, error: str) -> None:
+        log.warning("Ray fell over: %s", error)
+
+    def _make_work(self) -> StudyFolder:
+        return self.folder
+
+    def _make_searcher(self) -> StudySearcher:
+        worker = {"data_root": str(self.data_root), "threads": 1}
+        records = len(self.plan.data.train)
+        return StudySearcher(self.study, self.work, self.accounts, records, worker, self.changed)
+
+    def _make_board(self) -> Any:
+        total = len(self.study.baselines) + self.study.algorithm.trials
+        return Board(f"study {self.study.name}", total, self.study.objective)
+
+    def _restore_board(self) -> None:
+        for record in self.folder.trials():
+            if end := self.folder.end_of(record.name):
+                self.board.restore(record, end.state, self._values(record.name))
+
+    def _values(self, name: str) -> dict[str, float]:
+        """What a trial told last."""
+        reports = self.folder.reports(name)
+        return {**reports[-1].metrics, "epsilon": reports[-1].epsilon} if reports else {}
+
+    def _show_spent(self, spent: float) -> None:
+        self.board.ledger_text = f"study ε ≤ {_shown(self.accounts.cap)}, spent {_shown(spent)}"
+
+
+def _shown(epsilon: float | None) -> str:
+    return "–" if epsilon is None else f"{epsilon:.4g}"

@@ -183,8 +183,20 @@ class TrialConfig(Strict):
 class Performance(Strict):
     """Where and how fast a trial runs. Nothing here changes ε, the steps or the mathematics."""
 
-    device: str = "cpu"
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
     threads: int = Field(default=0, ge=0, description="CPU threads of the tensor library; 0: its default")
+    precision: Literal["single", "tf32", "double"] = Field(
+        default="single", description="of generator and gradients; tf32: faster products of a GPU, less exact"
+    )
+    graphs: Literal["auto", "on", "off"] = Field(
+        default="auto", description="fixed shapes, recorded as CUDA graphs; auto: on a GPU"
+    )
+    slots: int = Field(default=1, ge=1, le=1024, description="trials side by side on one stack")
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps run on fixed shapes and addresses, which a GPU can record."""
+        return self.graphs == "on" or (self.graphs == "auto" and self.device != "cpu")
 
 
 def flatten(config: BaseModel) -> dict[str, Any]:

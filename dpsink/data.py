@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors in memory, their splits, their keyed fingerprint, and Poisson draws."""
+"""Data sets as uint8 tensors in memory, their splits and their keyed fingerprint."""
 
 import hashlib
 import hmac
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from dpsink.config import DataConfig
-from dpsink.entropy import Entropy
 from dpsink.errors import InputError
 
 KEY_FILE_VARIABLE = "DPSINK_KEY_FILE"
@@ -74,9 +73,9 @@ class DatasetFacts:
     load: Callable[[Path, bool], tuple[LabelledImages, LabelledImages]]
 
 
-def to_unit(images: Tensor) -> Tensor:
-    """uint8 pixels to float32 in [-1, 1], any shape."""
-    return images.to(torch.float32) / 127.5 - 1
+def to_unit(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 pixels to floats in [-1, 1], any shape."""
+    return images.to(dtype).div_(127.5).sub_(1)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -130,19 +129,6 @@ def fingerprint(images: LabelledImages) -> str:
     for tensor in (images.images, images.labels):
         digest.update(tensor.numpy().tobytes())
     return digest.hexdigest()
-
-
-def poisson_batch(entropy: Entropy, records: int, sample_rate: float) -> Tensor:
-    """Indices of the records that join a batch, each independently with probability `sample_rate`.
-
-    Membership compares 32 random bits with the rate rounded *down* to a multiple of 2⁻³², so that the
-    true rate never exceeds the accounted one (`torch.rand() < q` in float32 would).
-
-    Returns:
-        int64, (|S|,), ascending; may be empty.
-    """
-    words = np.frombuffer(entropy.random_bytes(4 * records), dtype=np.uint32)
-    return torch.from_numpy(np.flatnonzero(words < np.uint64(int(sample_rate * 2**32))))
 
 
 def _hold_out(training: LabelledImages, size: int) -> tuple[LabelledImages, LabelledImages | None]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dpsink.config import SinkhornConfig
 from dpsink.sinkhorn import (
+    Annealing,
     Points,
     annealing_schedule,
     comparison_points,
@@ -122,8 +123,9 @@ def test_record_terms_are_the_gradient_of_the_semi_dual() -> None:
 def test_record_gradient_at_the_optimal_potential_is_the_transport_gradient() -> None:
     config = settings("l2", 1, 1.0, 50.0)
     x, y = points(12, 1), points(7, 2)
-    schedule = annealing_schedule(64, config) + [50.0] * 500
-    f, _ = potentials(pairwise_cost(x, y, config), schedule)
+    temperatures = [*annealing_schedule(64, config).temperatures, *[50.0] * 500]
+    f, _ = potentials(pairwise_cost(x, y, config), Annealing(temperatures, [None] * len(temperatures)))
+    f = f[:, 0]
     by_record = cost_gradient(record_terms(x, y, config, potential=f).coupling / 7, x, y, config)
     f_only = torch.softmax((f[:, None] - pairwise_cost(x, y, config)) / 50.0, 0) / 7
     torch.testing.assert_close(f_only.sum(1), torch.full((12,), 1 / 12, dtype=torch.float64), atol=1e-8, rtol=0)

@@ -26,10 +26,10 @@ from dpsink.privacy.mechanism import (
     Generated,
     Mechanism,
     RecordMechanism,
-    gaussian_noise,
     release_class_means,
     sanitize,
 )
+from dpsink.privacy.noise import gaussian_noise
 from dpsink.privacy.plan import PrivacyPlan
 from dpsink.privacy.sampling import poisson_batch
 from dpsink.sinkhorn import Points, Problem, StackedProblem, per_slot
@@ -128,9 +128,7 @@ def build_mechanism(plan: PrivacyPlan, problem: Problem) -> Mechanism:
     return _mechanism(plan.mechanism, problem, plan.clip_norm, plan.sample_rate * plan.records)
 
 
-def _mechanism(
-    kind: str, problem: Problem, clip_norm: float | Tensor, expected_batch: float | Tensor
-) -> Mechanism:
+def _mechanism(kind: str, problem: Problem, clip_norm: float | Tensor, expected_batch: float | Tensor) -> Mechanism:
     if kind == "batch":
         return BatchMechanism(clip_norm, problem)
     return RecordMechanism(clip_norm, problem, expected_batch)
@@ -291,9 +289,7 @@ class TrialStack:
 
         # The single release of the step.
         generated = Generated.of(x, x_tilde, numbers.problem)
-        released = sanitize(
-            numbers.mechanism, generated, self._members(inputs), numbers.sigma, lambda _: inputs.noise
-        )
+        released = sanitize(numbers.mechanism, generated, self._members(inputs), numbers.sigma, lambda _: inputs.noise)
 
         # Back-propagate the sanitised image gradients; all from here on is post-processing.
         gradient = torch.cat(numbers.mechanism.loss_gradients(generated, released), dim=1)

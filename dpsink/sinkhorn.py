@@ -84,11 +84,13 @@ class StackedProblem:
             iterations: of the annealing, at least.
         """
         first = configs[0]
-        numbers = [
-            per_slot([getattr(one, name) for one in configs], device) for name in ("l1_weight", "label_weight", "blur")
-        ]
-        annealing = _stack_schedules([_temperatures(dimension, one) for one in configs], iterations, device)
-        return cls(tuple(configs), first.cost, first.p, first.backend, *numbers, annealing)
+        return cls(
+            configs=tuple(configs), cost=first.cost, p=first.p, backend=first.backend,
+            l1_weight=per_slot([one.l1_weight for one in configs], device),
+            label_weight=per_slot([one.label_weight for one in configs], device),
+            blur=per_slot([one.blur for one in configs], device),
+            annealing=_stack_schedules([_temperatures(dimension, one) for one in configs], iterations, device),
+        )  # fmt: skip
 
     def tensors(self) -> list[Tensor]:
         """All numbers, in a fixed order."""
@@ -394,12 +396,14 @@ def geomloss_cost(x: Points, y: Points, problem: Problem) -> Tensor:
 
     def cost(left: Tensor, right: Tensor) -> Tensor:
         difference = left[:, :, None, :] - right[:, None, :, :]
-        total = difference.square().sum(-1) if has_squared(problem) else 0.0
+        total = difference.new_zeros(())
+        if has_squared(problem):
+            total = total + difference.square().sum(-1)
         return total + problem.l1_weight * difference.abs().sum(-1) if has_absolute(problem) else total
 
     diameter = space_diameter(x.images.shape[1], problem)
     solver = SamplesLoss(
-        "sinkhorn", p=problem.p, blur=problem.blur, debias=False, diameter=diameter,
+        "sinkhorn", p=problem.p, blur=float(problem.blur), debias=False, diameter=diameter,
         scaling=ANNEALING, cost=cost, backend="tensorized",
     )  # fmt: skip
     return solver(_joint(x, y, problem), _joint(y, x, problem))

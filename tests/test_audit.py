@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dpsink import console
-from dpsink.entropy import Entropy
 from dpsink.privacy import audit
 from dpsink.privacy.audit import (
     STEP_CLIP_NORM,
@@ -29,7 +28,8 @@ from dpsink.privacy.audit import (
     threshold_bound,
     worst_case_pairs,
 )
-from dpsink.privacy.mechanism import BatchMechanism, Generated, Mechanism, Noise, RecordMechanism, sanitize
+from dpsink.privacy.mechanism import BatchMechanism, Generated, Mechanism, RecordMechanism, sanitize
+from dpsink.privacy.noise import Noise
 from dpsink.sinkhorn import Points, annealing_schedule, cost_gradient, pairwise_cost, potentials, record_terms
 
 KINDS: tuple[Kind, ...] = ("record", "batch")
@@ -40,7 +40,7 @@ class SensitivityC(BatchMechanism):
     """Broken: the factor 2 is forgotten."""
 
     @property
-    def sensitivity(self) -> float:
+    def sensitivity(self) -> float | Tensor:
         return self.clip_norm
 
 
@@ -74,16 +74,12 @@ def bare_when_empty(mechanism: Mechanism, generated: Generated, real: Points, si
     return sanitize(mechanism, generated, real, sigma if len(real.images) else 0.0, noise)
 
 
-def quieter_when_empty(
-    mechanism: Mechanism, generated: Generated, real: Points, sigma: float, noise: Noise
-) -> Tensor:
+def quieter_when_empty(mechanism: Mechanism, generated: Generated, real: Points, sigma: float, noise: Noise) -> Tensor:
     """Broken: the noise depends on the batch."""
     return sanitize(mechanism, generated, real, sigma if len(real.images) else sigma * 0.9, noise)
 
 
-def longer_with_more(
-    mechanism: Mechanism, generated: Generated, real: Points, sigma: float, noise: Noise
-) -> Tensor:
+def longer_with_more(mechanism: Mechanism, generated: Generated, real: Points, sigma: float, noise: Noise) -> Tensor:
     """Broken: the shape of the answer tells the size of the batch."""
     answer = sanitize(mechanism, generated, real, sigma, noise)
     return torch.cat([answer, answer[..., :1, :].expand(len(real.images), -1)])

@@ -1,7 +1,7 @@
 """The proof obligations of both mechanisms: sensitivity, bounded answers, public branches, the noise."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpsink.config import SinkhornConfig
-from dpsink.privacy.sampling import poisson_batch
 from dpsink.entropy import OsEntropy
 from dpsink.privacy.mechanism import (
     BatchMechanism,
@@ -21,11 +20,11 @@ from dpsink.privacy.mechanism import (
     RecordMechanism,
     class_means_sensitivity,
     clip,
-    fresh_noise,
-    gaussian_noise,
     release_class_means,
     sanitize,
 )
+from dpsink.privacy.noise import fresh_noise, gaussian_noise
+from dpsink.privacy.sampling import poisson_batch
 from dpsink.sinkhorn import Points, cost_gradient, record_terms
 from tests.conftest import ReplayedEntropy
 
@@ -253,7 +252,7 @@ def test_bytes_drawn_for_a_batch_are_a_public_number() -> None:
     """As many whatever the batch, up to a chance of 1e-9 of asking again; and proportional to it, not to the data."""
 
     class Counting(OsEntropy):
-        counts: list[int] = []
+        counts: ClassVar[list[int]] = []
 
         def random_bytes(self, count: int) -> bytes:
             self.counts.append(count)

@@ -29,7 +29,8 @@ from dpsink.data import DATASETS, LabelledImages, to_unit
 from dpsink.engine import Trial, TrialStack, build_mechanism, initial_state
 from dpsink.entropy import Entropy, OsEntropy
 from dpsink.privacy.accounting import epsilon
-from dpsink.privacy.mechanism import BatchMechanism, Generated, Mechanism, Noise, RecordMechanism, fresh_noise, sanitize
+from dpsink.privacy.mechanism import BatchMechanism, Generated, Mechanism, RecordMechanism, sanitize
+from dpsink.privacy.noise import Noise, fresh_noise
 from dpsink.privacy.plan import PrivacyPlan
 from dpsink.privacy.sampling import poisson_batch
 from dpsink.sinkhorn import Points, record_terms

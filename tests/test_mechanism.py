@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpsink.config import SinkhornConfig
+from dpsink.data import to_unit
 from dpsink.entropy import OsEntropy
 from dpsink.privacy.mechanism import (
     BatchMechanism,
@@ -25,7 +26,7 @@ from dpsink.privacy.mechanism import (
 )
 from dpsink.privacy.noise import fresh_noise, gaussian_noise
 from dpsink.privacy.sampling import poisson_batch
-from dpsink.sinkhorn import Points, cost_gradient, record_terms
+from dpsink.sinkhorn import Points, Problem, StackedProblem, cost_gradient, per_slot, record_terms
 from tests.conftest import ReplayedEntropy
 
 N, D, C = 12, 16, 0.5
@@ -149,6 +150,51 @@ def test_record_normaliser_is_public() -> None:
     released = torch.ones(N, D, dtype=torch.float64)
     gradient, _ = mechanism.loss_gradients(public, released)
     torch.testing.assert_close(gradient - public.debiasing, torch.full_like(released, 0.2))
+
+
+@pytest.mark.parametrize("kind", ["batch", "record"])
+def test_padded_batches_side_by_side_get_the_answers_of_each_alone(kind: str) -> None:
+    """The empty batch among them: F(∅) of `batch` is its data-free part, of `record` zero."""
+    configs = [SINKHORN, SINKHORN.model_copy(update={"blur": 5.0}), SINKHORN]
+    clips, batches = [C, 2 * C, 0.1], [records(6), records(0), records(3, 4)]
+    publics = [Generated.of(*halves(generated(k)), config) for k, config in enumerate(configs)]
+    problem = StackedProblem.of(configs, D)
+    side_by_side = Generated(
+        Points(torch.stack([one.x.images for one in publics]), torch.stack([one.x.labels for one in publics])),
+        torch.stack([one.debiasing for one in publics]),
+        torch.stack([one.tilde_debiasing for one in publics]),
+    )
+    answer = mechanism_of(kind, per_slot(clips), problem).query(side_by_side, pad(batches, 8))
+    for k, config in enumerate(configs):
+        alone = mechanism_of(kind, clips[k], config).query(publics[k], batches[k])
+        torch.testing.assert_close(answer[k], alone, atol=1e-6, rtol=1e-5)
+
+
+def mechanism_of(kind: str, clip_norm: float | Tensor, problem: Problem) -> Mechanism:
+    return BatchMechanism(clip_norm, problem) if kind == "batch" else RecordMechanism(clip_norm, problem, 10.0)
+
+
+def halves(public: Generated) -> tuple[Points, Points]:
+    """X, and an X̃ made of its first rows moved a little."""
+    return public.x, Points(public.x.images[:3] * 0.9, public.x.labels[:3])
+
+
+def pad(batches: list[Points], width: int) -> Points:
+    images, labels = torch.full((len(batches), width, D), math.nan), torch.zeros(len(batches), width).long()
+    present = torch.zeros(len(batches), width, dtype=torch.bool)
+    for row, one in enumerate(batches):
+        size = len(one.labels)
+        images[row, :size], labels[row, :size], present[row, :size] = one.images, one.labels, True
+    return Points(images, labels, present)
+
+
+def test_bytes_are_the_records_that_they_stand_for() -> None:
+    """The engine hands over uint8 images; floats of the same pixels get the same answer."""
+    pixels = torch.randint(256, (7, D), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    labels = torch.arange(7) % 4
+    for mechanism in mechanisms():
+        answers = [mechanism.query(generated(), Points(images, labels)) for images in (pixels, to_unit(pixels))]
+        assert torch.equal(*answers)
 
 
 @given(

@@ -19,20 +19,26 @@ class StackedAdam:
     def __init__(self, weights: Tensor) -> None:
         self.weights = weights
         self.moments = torch.zeros(2, *weights.shape, dtype=weights.dtype, device=weights.device)
+        # Rates of a row that is not updated: step 0, both averages kept.
+        self._stay = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0], dtype=torch.float64, device=weights.device)
 
     @torch.no_grad()
     def step(self, gradient: Tensor, rates: Tensor, updated: Tensor) -> None:
         """One update of some of the rows.
 
         Args:
-            gradient: (K, P).
+            gradient: (K, P), finite in the rows that are not updated; overwritten.
             rates: learning rate, β₁, β₂, 1 − β₁ᵗ and √(1 − β₂ᵗ), (K, 5).
             updated: bool, (K,); the other rows stay as they are.
         """
-        rate, beta1, beta2, bias1, bias2 = rates.to(gradient.dtype)[:, :, None].unbind(1)
-        first = torch.lerp(gradient, self.moments[0], beta1)
-        second = torch.lerp(gradient.square(), self.moments[1], beta2)
-        weights = self.weights - (rate / bias1) * first / (second.sqrt() / bias2 + EPSILON)
-        rows = updated[:, None]
-        for kept, new in ((self.weights, weights), (self.moments[0], first), (self.moments[1], second)):
-            kept.copy_(torch.where(rows, new, kept))
+        # All in place: fresh memory for P numbers costs more than the sums.
+        rate, beta1, beta2, bias1, bias2 = torch.where(updated[:, None], rates, self._stay).unbind(1)
+        first, second = self.moments
+        first.mul_(_rows(beta1, first)).add_(gradient.mul(_rows(1 - beta1, first)))
+        second.mul_(_rows(beta2, second)).add_(gradient.square_().mul_(_rows(1 - beta2, second)))
+        size = torch.sqrt(second, out=gradient).div_(_rows(bias2, second)).add_(EPSILON)
+        self.weights.sub_(torch.div(first, size, out=size).mul_(_rows(rate / bias1, first)))
+
+
+def _rows(numbers: Tensor, like: Tensor) -> Tensor:
+    return numbers.to(like.dtype)[:, None]

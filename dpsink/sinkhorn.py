@@ -176,13 +176,12 @@ def cost_of(parts: Distances, x: Points, y: Points, problem: Problem) -> Tensor:
     """The cost matrix from its image distances; float64, ([K,] n, m)."""
     w, m = problem.label_weight, problem.l1_weight
     different = x.labels[..., :, None] != y.labels[..., None, :]
-    cost, label_cost = torch.zeros_like(parts.squared), 0.0
     # Two different one-hot vectors differ in two coordinates, each by w.
+    label_cost = (2 * w**2 if has_squared(problem) else 0) + (2 * m * w if parts.absolute is not None else 0)
+    cost = different.double().mul_(label_cost)
     if has_squared(problem):
-        cost, label_cost = parts.squared, 2 * w**2
-    if parts.absolute is not None:
-        cost, label_cost = cost + m * parts.absolute, label_cost + 2 * m * w
-    return cost + label_cost * different
+        cost.add_(parts.squared)
+    return cost if parts.absolute is None else cost.add_(parts.absolute * m)
 
 
 def cost_gradient(weights: Tensor, x: Points, y: Points, problem: Problem) -> Tensor:
@@ -191,11 +190,11 @@ def cost_gradient(weights: Tensor, x: Points, y: Points, problem: Problem) -> Te
     weights = weights.masked_fill(weights < NEGLIGIBLE, 0).to(x.images.dtype)
     gradient = torch.zeros_like(x.images)
     if has_squared(problem):
-        gradient = 2 * (weights.sum(-1, keepdim=True) * x.images - weights @ y.images)
+        gradient = (weights.sum(-1, keepdim=True) * x.images).sub_(weights @ y.images).mul_(2)
     if has_absolute(problem):
         # The kernel behind torch.cdist's backward pass: Σ_j W_ij sign(x_i − y_j), reduced on the fly.
         signs = torch.ops.aten._cdist_backward(weights, x.images, y.images, 1.0, weights)
-        gradient = gradient + _as(problem.l1_weight, signs) * signs
+        gradient.add_(signs.mul_(_as(problem.l1_weight, signs)))
     return gradient
 
 
@@ -352,13 +351,10 @@ def record_terms(x: Points, y: Points, problem: Problem, potential: Tensor | Non
 
 def _squared_term_norms(parts: Distances, dimension: int, problem: Problem) -> Tensor:
     """‖∇₁c(x_i, y_j)‖² or more, ([K,] n, m)."""
-    m, total = problem.l1_weight, torch.zeros_like(parts.squared)
-    if has_squared(problem):
-        total = 4 * parts.squared
-    if parts.absolute is not None:
-        cross = 4 * m * parts.absolute if has_squared(problem) else 0
-        total = total + cross + m**2 * dimension
-    return total
+    m, total = problem.l1_weight, 4 * parts.squared if has_squared(problem) else torch.zeros_like(parts.squared)
+    if parts.absolute is None:
+        return total
+    return (total.add_(parts.absolute * (4 * m)) if has_squared(problem) else total).add_(m**2 * dimension)
 
 
 def _geomloss_gradients(x: Points, y: Points, problem: Problem) -> tuple[Tensor, Tensor]:

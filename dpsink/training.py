@@ -88,6 +88,7 @@ def train(
     Raises:
         InputError: the folder belongs to another trial or process, is damaged, or cannot be written.
     """
+    _set_up(performance)  # what cannot run is refused before anything is written
     with TrialRun.open(config, data, folder, entropy or OsEntropy()) as run:
         run.on_progress = on_progress
         for _, report in train_together([run], performance=performance, should_stop=should_stop):
@@ -107,8 +108,7 @@ def train_together(
     Yields:
         A run and its report.
     """
-    use_threads(performance.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = performance.precision == "tf32"
+    _set_up(performance)
     waiting = [run for run in runs if not run.ended]
     for run in runs:
         if run.ended and read_result(run.folder) is None:
@@ -392,6 +392,13 @@ def _claim_folder(folder: Path, config: TrialConfig) -> None:
         )
     for draft in folder.glob(".draft-*"):
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _set_up(performance: Performance) -> None:
+    if performance.device != "cpu" and not torch.cuda.is_available():
+        raise InputError(f"performance.device={performance.device} needs a CUDA device, and there is none; use cpu")
+    use_threads(performance.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = performance.precision == "tf32"
 
 
 def use_threads(threads: int) -> None:

@@ -122,7 +122,7 @@ class RecordMechanism:
         # sum over the column, is not finite either.
         usable = torch.isfinite(norms)
         usable = usable if real.present is None else usable & real.present
-        weights = (coupling * scale).masked_fill(~usable[..., None, :], 0)
+        weights = coupling.mul_(scale).masked_fill_(~usable[..., None, :], 0)
         return cost_gradient(weights, x, real, self.sinkhorn).double()
 
     def loss_gradients(self, generated: Generated, released: Tensor) -> tuple[Tensor, Tensor]:

@@ -56,6 +56,17 @@ class ConvCondConfig(Strict):
     latent_dim: int = Field(default=16, ge=1)
     hidden_dim: int = Field(default=64, ge=1)
     embed_dim: int = Field(default=8, ge=1)
+    conditional: bool = Field(default=True, description="whether the label enters the generator")
+
+
+class CondBigganConfig(Strict):
+    """BigGAN's generator with class-conditional batch norm and spectral norm."""
+
+    kind: Literal["cond_biggan"] = "cond_biggan"
+    latent_dim: int = Field(default=32, ge=1)
+    hidden_dim: int = Field(default=64, ge=1)
+    embed_dim: int = Field(default=4, ge=1)
+    conditional: bool = Field(default=True, description="whether the label enters the generator")
 
 
 class ClassMeanConfig(Strict):
@@ -67,7 +78,7 @@ class ClassMeanConfig(Strict):
     )
 
 
-GeneratorConfig = Annotated[ConvCondConfig | ClassMeanConfig, Field(discriminator="kind")]
+GeneratorConfig = Annotated[ConvCondConfig | CondBigganConfig | ClassMeanConfig, Field(discriminator="kind")]
 
 
 class SinkhornConfig(Strict):
@@ -310,7 +321,7 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def _union_tags() -> set[str]:
-    return {"conv_cond", "class_mean"}
+    return {"conv_cond", "cond_biggan", "class_mean"}
 
 
 def _names_at(model: type[BaseModel], location: list[str]) -> list[str]:

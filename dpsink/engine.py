@@ -321,15 +321,17 @@ class TrialStack:
     def _draw_members(self) -> tuple[Tensor, Tensor | None]:
         """Each trial's private batch, each record with its probability q; padded where the shape has to be fixed."""
         nobody = torch.zeros(0, dtype=torch.int64)
-        drawn = [
-            nobody if trial is None else poisson_batch(trial.entropy, self.records, trial.plan.sample_rate)
-            for trial in self.trials
-        ]
+        drawn = [nobody if trial is None else self._members_of(trial) for trial in self.trials]
         if not self._fixed_shapes:
             return drawn[0][None], None
         width = bucket(max(map(len, drawn)))
         members = torch.stack([nn.functional.pad(one, (0, width - len(one))) for one in drawn])
         return members, torch.arange(width) < torch.tensor([len(one) for one in drawn])[:, None]
+
+    def _members_of(self, trial: Trial) -> Tensor:
+        """Rows that join, of all N; records that are declared but cannot be read lie behind the last row."""
+        rows = poisson_batch(trial.entropy, self.records, trial.plan.sample_rate)
+        return rows[rows < self.images.shape[0]]
 
     def _draw_public(self, trial: Trial | None) -> tuple[Tensor, Tensor]:
         """Latents (n + r, L) and labels (n + r,) of X and X̃ from public randomness; n is a constant, never |S|."""

@@ -47,7 +47,7 @@ class Report(Strict):
 class CheckpointState(Strict):
     """The JSON part of a checkpoint."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     config: TrialConfig
     plan: dict[str, Any]
     image_shape: tuple[int, int, int]
@@ -124,16 +124,11 @@ def restore_state(checkpoint: Path, state: TrialState) -> None:
 
 
 def _restore_optimizer(state: TrialState, tensors: dict[str, Tensor]) -> None:
-    state.rng.set_state(tensors.pop("rng"))
-    state.step = int(tensors.pop("step"))
-    if state.optimizer is None:
-        return
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, _, moment = name.partition(".")
-        moments.setdefault(int(index), {})[moment] = tensor
-    groups = state.optimizer.state_dict()["param_groups"]
-    state.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    if tensors.keys() != {"rng", "step", "moments"} or tensors["moments"].shape != state.moments.shape:
+        raise ValueError(f"holds {', '.join(sorted(tensors))}, or moments of another shape")
+    state.rng.set_state(tensors["rng"])
+    state.step = int(tensors["step"])
+    state.moments = tensors["moments"]
 
 
 def load_weights(checkpoint: Path, generator: nn.Module) -> None:
@@ -211,11 +206,7 @@ def _fsync(path: Path) -> None:
 
 
 def _optimizer_tensors(state: TrialState) -> dict[str, Tensor]:
-    tensors = {"rng": state.rng.get_state(), "step": torch.tensor(state.step)}
-    moments = state.optimizer.state_dict()["state"] if state.optimizer else {}
-    for index, entries in moments.items():
-        tensors |= {f"{index}.{name}": value for name, value in entries.items()}
-    return _contiguous(tensors)
+    return {"rng": state.rng.get_state(), "step": torch.tensor(state.step), "moments": state.moments.contiguous()}
 
 
 def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dpsink import console
-from dpsink.config import OWN, DataConfig, Performance, TrialConfig, config_sha256, load_config
+from dpsink.config import OWN, DataConfig, Performance, TrialConfig, config_sha256, load_config, validate
 from dpsink.errors import InputError
 
 app = console.new_app("dpsink", "Train, evaluate and sample one differentially private generator.")
@@ -36,18 +36,21 @@ def train(
     data_root: DataRoot = None,
     download: Annotated[bool, typer.Option("--download", help="fetch the data set if missing")] = False,
     threads: Threads = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    precision: Annotated[str, typer.Option(help="single, tf32 (faster products of a GPU) or double")] = "single",
     as_json: Json = False,
 ) -> None:
     """Train one trial. To resume it, run the same command again."""
     from dpsink.data import load_dataset
-    from dpsink.training import read_result, use_threads
+    from dpsink.training import read_result
 
     console.set_up_logging()
     trial = load_config(config, overrides or ())
     folder = out or default_folder(config, trial)
-    use_threads(Performance(threads=threads).threads)
+    settings = {"threads": threads, "device": device, "precision": precision}
+    performance = validate(Performance, settings, source="performance")
     data = load_dataset(trial.data, root=data_root, download=download)
-    if not _train_with_progress(trial, data, folder, quiet=as_json):
+    if not _train_with_progress(trial, data, folder, performance, quiet=as_json):
         console.fail(f"stopped; run the same command again to go on ({folder})", console.INTERRUPTED)
     _show_result(folder, read_result(folder), as_json)
 
@@ -182,7 +185,7 @@ def default_folder(config: Path | None, trial: TrialConfig) -> Path:
     return Path("runs") / f"{config.stem if config else data}-{config_sha256(trial)[:8]}"
 
 
-def _train_with_progress(trial: TrialConfig, data: Any, folder: Path, *, quiet: bool) -> bool:
+def _train_with_progress(trial: TrialConfig, data: Any, folder: Path, performance: Performance, *, quiet: bool) -> bool:
     """Trains with a bar on stderr; False if a signal stopped it."""
     from dpsink.training import RUNNING, read_result
     from dpsink.training import train as run_training
@@ -201,7 +204,9 @@ def _train_with_progress(trial: TrialConfig, data: Any, folder: Path, *, quiet: 
             )
 
         ended = read_result(folder) is not None
-        for report in run_training(trial, data, folder, should_stop=should_stop, on_progress=show):
+        for report in run_training(
+            trial, data, folder, performance=performance, should_stop=should_stop, on_progress=show
+        ):
             bar.update(task, completed=report.step)
             _print_report(report)
             ended = report.status != RUNNING

@@ -109,6 +109,17 @@ class ConvCondConfig(Strict):
     latent_dim: int = Field(default=16, ge=1)
     hidden_dim: int = Field(default=64, ge=1)
     embed_dim: int = Field(default=8, ge=1)
+    conditional: bool = Field(default=True, description="whether the label enters the generator")
+
+
+class CondBigganConfig(Strict):
+    """BigGAN's generator with class-conditional batch norm and spectral norm."""
+
+    kind: Literal["cond_biggan"] = "cond_biggan"
+    latent_dim: int = Field(default=32, ge=1)
+    hidden_dim: int = Field(default=64, ge=1)
+    embed_dim: int = Field(default=4, ge=1)
+    conditional: bool = Field(default=True, description="whether the label enters the generator")
 
 
 class ClassMeanConfig(Strict):
@@ -120,7 +131,7 @@ class ClassMeanConfig(Strict):
     )
 
 
-GeneratorConfig = Annotated[ConvCondConfig | ClassMeanConfig, Field(discriminator="kind")]
+GeneratorConfig = Annotated[ConvCondConfig | CondBigganConfig | ClassMeanConfig, Field(discriminator="kind")]
 
 
 class SinkhornConfig(Strict):
@@ -236,8 +247,20 @@ class TrialConfig(Strict):
 class Performance(Strict):
     """Where and how fast a trial runs. Nothing here changes ε, the steps or the mathematics."""
 
-    device: str = "cpu"
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="cpu, cuda or cuda:N")
     threads: int = Field(default=0, ge=0, description="CPU threads of the tensor library; 0: its default")
+    precision: Literal["single", "tf32", "double"] = Field(
+        default="single", description="of generator and gradients; tf32: faster products of a GPU, less exact"
+    )
+    graphs: Literal["auto", "on", "off"] = Field(
+        default="auto", description="fixed shapes, recorded as CUDA graphs; auto: on a GPU"
+    )
+    slots: int = Field(default=1, ge=1, le=1024, description="trials side by side on one stack")
+
+    @property
+    def captures(self) -> bool:
+        """Whether steps run on fixed shapes and addresses, which a GPU can record."""
+        return self.graphs == "on" or (self.graphs == "auto" and self.device != "cpu")
 
 
 def flatten(config: BaseModel) -> dict[str, Any]:
@@ -351,7 +374,7 @@ def _nearest(name: str, known: list[str]) -> str:
 
 
 def _union_tags() -> set[str]:
-    return {"conv_cond", "class_mean"}
+    return {"conv_cond", "cond_biggan", "class_mean"}
 
 
 def _names_at(model: type[BaseModel], location: list[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Data sets as uint8 tensors in memory, their splits, their keyed fingerprint, and Poisson draws."""
+"""Data sets as uint8 tensors in memory, their splits and their keyed fingerprint."""
 
 import hashlib
 import hmac
@@ -6,17 +6,14 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dpsink.config import DataConfig
-from dpsink.datasets import DATASETS as DATASETS
 from dpsink.datasets import LabelledImages, open_source, part_sizes
 from dpsink.datasets.base import TEST, TRAIN, VALIDATION
 from dpsink.datasets.loading import load_splits
 from dpsink.datasets.splits import assign_rows, training_records
-from dpsink.entropy import Entropy
 from dpsink.errors import InputError
 
 KEY_FILE_VARIABLE = "DPSINK_KEY_FILE"
@@ -40,9 +37,9 @@ class ImageData:
         return self.validation if self.validation is not None and self.validation_is_public else self.test
 
 
-def to_unit(images: Tensor) -> Tensor:
-    """uint8 pixels to float32 in [-1, 1], any shape."""
-    return images.to(torch.float32) / 127.5 - 1
+def to_unit(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 pixels to floats in [-1, 1], any shape."""
+    return images.to(dtype).div_(127.5).sub_(1)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -101,19 +98,6 @@ def fingerprint(images: LabelledImages) -> str:
     for tensor in (images.images, images.labels):
         digest.update(tensor.contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def poisson_batch(entropy: Entropy, records: int, sample_rate: float) -> Tensor:
-    """Indices of the records that join a batch, each independently with probability `sample_rate`.
-
-    Membership compares 32 random bits with the rate rounded *down* to a multiple of 2⁻³², so that the
-    true rate never exceeds the accounted one (`torch.rand() < q` in float32 would).
-
-    Returns:
-        int64, (|S|,), ascending; may be empty.
-    """
-    words = np.frombuffer(entropy.random_bytes(4 * records), dtype=np.uint32)
-    return torch.from_numpy(np.flatnonzero(words < np.uint64(int(sample_rate * 2**32))))
 
 
 def _owner_key() -> bytes:

@@ -1,7 +1,8 @@
-"""The training loop. One trial's life: reserve, step, evaluate, checkpoint, report, stop, resume.
+"""The training loop. A trial's life: reserve, step, evaluate, checkpoint, report, stop, resume.
 
-`train` yields a report at each evaluation point and knows neither who listens nor what is searched. To resume,
-call it again on the same folder: replayed steps are charged again and drawn with fresh noise.
+`train` yields a report at each evaluation point and knows neither who listens nor what is searched; it is
+`train_together` for one trial. To resume, call it again on the same folder: replayed steps are charged again and
+drawn with fresh noise.
 """
 
 import json
@@ -9,7 +10,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,9 +27,9 @@ from dpsink.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from dpsink.config import TrialConfig, config_sha256, dump_config
+from dpsink.config import Performance, TrialConfig, config_sha256, dump_config
 from dpsink.data import ImageData, LabelledImages
-from dpsink.engine import TrialState, initial_state, step
+from dpsink.engine import Stack, Trial, TrialState, initial_state, open_stack
 from dpsink.entropy import Entropy, OsEntropy
 from dpsink.errors import InputError
 from dpsink.evaluation import CLASSIFIERS, WORST_DISTANCE, build_extractor, classifier_accuracies, evaluate
@@ -46,6 +47,9 @@ RESERVATION_SECONDS = 5.0  # steps lost to a crash, in time
 RESERVATION_SHARE = 100  # and at most this part of the budget
 
 
+DEFAULT_PERFORMANCE = Performance()
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where a trial stands, for a progress bar. `epsilon_bound` is what will be spent at the next report."""
@@ -61,6 +65,7 @@ def train(
     folder: Path,
     *,
     entropy: Entropy | None = None,
+    performance: Performance = DEFAULT_PERFORMANCE,
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> Iterator[Report]:
@@ -72,6 +77,7 @@ def train(
         folder: the run folder, made if it does not exist.
         entropy: source of noise and membership; the operating system's by default. No setting, file or
             environment variable can replace it.
+        performance: where and how fast; changes neither ε nor the number of steps.
         should_stop: asked after every step; True ends the trial cleanly, to be resumed.
         on_progress: told after every reservation.
 
@@ -82,26 +88,75 @@ def train(
     Raises:
         InputError: the folder belongs to another trial or process, is damaged, or cannot be written.
     """
+    _set_up(performance)  # what cannot run is refused before anything is written
     with TrialRun.open(config, data, folder, entropy or OsEntropy()) as run:
-        if run.ended and read_result(folder) is None:
+        run.on_progress = on_progress
+        for _, report in train_together([run], performance=performance, should_stop=should_stop):
+            yield report
+
+
+def train_together(
+    runs: Sequence["TrialRun"],
+    *,
+    performance: Performance = DEFAULT_PERFORMANCE,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Iterator[tuple["TrialRun", Report]]:
+    """Advances open runs of one structure on one stack of `performance.slots`; runs beyond that wait for a free one.
+
+    A run's reports and weights are those that it would have alone. Arguments and errors are those of `train`.
+
+    Yields:
+        A run and its report.
+    """
+    _set_up(performance)
+    waiting = [run for run in runs if not run.ended]
+    for run in runs:
+        if run.ended and read_result(run.folder) is None:
             # A crash came between the last checkpoint and its result: tell the end now.
             _write_result(run, run.reports[-1])
-            yield run.reports[-1]
+            yield run, run.reports[-1]
+    if not waiting:
+        return
+    stack = open_stack(waiting[0].config, waiting[0].data.train, performance, min(performance.slots, len(waiting)))
+    running: list[TrialRun] = []
+    while waiting or running:
+        while waiting and stack.free:
+            running.append(waiting.pop(0))
+            running[-1].join(stack)
+        for run in list(running):
+            yield from _reports_due(run, running)
+        if should_stop():
+            for run in running:
+                run.stop()
             return
-        for boundary in run.boundaries_ahead():
-            run.advance(boundary, should_stop, on_progress)
-            if should_stop() and run.state.step < boundary:
-                run.save()
-                return
-            report = run.report()
-            yield report
-            if report.status != RUNNING:
-                return
+        _step_together(stack, running)
+
+
+def _reports_due(run: "TrialRun", running: list["TrialRun"]) -> Iterator[tuple["TrialRun", Report]]:
+    """Tells until the run has a step in hand, or has ended and left."""
+    while not run.may_step():
+        report = run.report()
+        if report.status != RUNNING:
+            run.leave()
+            running.remove(run)
+        yield run, report
+        if report.status != RUNNING:
+            return
+
+
+def _step_together(stack: Stack, running: Sequence["TrialRun"]) -> None:
+    if not running:  # the last ones have just ended
+        return
+    started = time.perf_counter()
+    stack.step()
+    elapsed = time.perf_counter() - started
+    for run in running:
+        run.took_step(elapsed)
 
 
 @dataclass
 class TrialRun:
-    """One trial between its boundaries: owns the state, the budget and the folder."""
+    """One trial between its boundaries: owns the state, the budget and the folder; lives in a slot of a stack."""
 
     config: TrialConfig
     data: ImageData
@@ -113,6 +168,11 @@ class TrialRun:
     scores: TrialBudget | None = None  # of a private validation split
     reports: list[Report] = field(default_factory=list)
     seconds: float = 0.0  # spent in steps, over all attempts
+    on_progress: Callable[[Progress], None] = lambda _: None
+    stack: Stack | None = None
+    slot: int = -1
+    granted: int = 0  # steps that are reserved and not yet taken
+    reserved: int = 0  # steps of the last reservation
 
     @classmethod
     def open(cls, config: TrialConfig, data: ImageData, folder: Path, entropy: Entropy) -> "TrialRun":
@@ -161,30 +221,60 @@ class TrialRun:
         """Whether the last report was the final one."""
         return bool(self.reports) and self.reports[-1].status != RUNNING
 
-    def boundaries_ahead(self) -> list[int]:
-        """Steps after which a report is due, equally spaced up to T, that lie ahead."""
-        if self.ended:
-            return []
+    @property
+    def boundary(self) -> int:
+        """The step after which the next report is due: T is cut into equal parts."""
         points = min(self.config.evaluation.points, self.plan.steps)
-        boundaries = [math.ceil(self.plan.steps * k / points) for k in range(1, points + 1)]
         reported = self.reports[-1].step if self.reports else 0
-        return [boundary for boundary in boundaries if boundary > reported]
+        ahead = (math.ceil(self.plan.steps * k / points) for k in range(1, points + 1))
+        return next((step for step in ahead if step > reported), self.plan.steps)
 
-    def advance(self, boundary: int, should_stop: Callable[[], bool], on_progress: Callable[[Progress], None]) -> None:
-        """Steps up to a boundary, each reserved before its noise is drawn; stops early when asked, when the
-        budget is spent, or when the weights are no longer finite."""
-        while self.state.step < boundary and self.state.finite:
-            granted = self.budget.reserve(min(self._reservation(), boundary - self.state.step))
-            if granted == 0:
-                return
-            on_progress(Progress(self.state.step, self.plan.steps, self._epsilon_at(boundary)))
-            used = self._spend(granted, should_stop)
-            if used < granted:
-                self.budget.settle(used)
-                return
+    def join(self, stack: Stack) -> None:
+        """Takes a slot."""
+        self.stack = stack
+        self.slot = stack.join(Trial(self.config, self.plan, self.state, self.entropy))
+
+    def leave(self) -> None:
+        """Gives the slot up."""
+        assert self.stack is not None
+        self.stack.leave(self.slot)
+        self.stack = None
+
+    def may_step(self) -> bool:
+        """Whether a step is reserved, after reserving where none is left; False when a report is due: at a boundary,
+        when the budget is spent, or when the weights are no longer finite."""
+        if self.granted:
+            return True
+        wanted = min(self._reservation(), self.boundary - self.state.step)
+        if wanted <= 0 or not self.finite:
+            return False
+        self.granted = self.reserved = self.budget.reserve(wanted)
+        if self.granted:
+            self.on_progress(Progress(self.state.step, self.plan.steps, self._epsilon_at(self.boundary)))
+        return bool(self.granted)
+
+    def took_step(self, seconds: float) -> None:
+        """A step was taken, and took so long."""
+        self.granted -= 1
+        self.seconds += seconds
+
+    def stop(self) -> None:
+        """Gives back what is not used and makes the state durable, to be resumed."""
+        if self.granted:
+            self.budget.settle(self.reserved - self.granted)
+            self.granted = 0
+        self.save()
+        self.leave()
+
+    @property
+    def finite(self) -> bool:
+        """Whether every weight and statistic is a finite number."""
+        return self.stack is None or self.stack.finite(self.slot)
 
     def report(self) -> Report:
         """Evaluates on public data, checkpoints, and tells."""
+        assert self.stack is not None
+        self.stack.update(self.slot)
         metrics = self._evaluate()
         charged = self.budget.charged
         report = Report(
@@ -205,6 +295,8 @@ class TrialRun:
 
     def save(self) -> None:
         """Makes the present state durable."""
+        assert self.stack is not None
+        self.stack.update(self.slot)
         description = CheckpointState(
             config=self.config,
             plan=asdict(self.plan),
@@ -220,22 +312,13 @@ class TrialRun:
         grid = sample_grid(self.state.generator, num_classes=self.data.train.num_classes)
         save_checkpoint(self.folder, description, self.state, grid)
 
-    def _spend(self, granted: int, should_stop: Callable[[], bool]) -> int:
-        started = time.perf_counter()
-        used = 0
-        while used < granted and not should_stop():
-            step(self.state, self.data.train, self.config, self.plan, self.entropy)
-            used += 1
-        self.seconds += time.perf_counter() - started
-        return used
-
     def _reservation(self) -> int:
         """About five seconds of steps, at most a hundredth of the budget; one step while the speed is unknown."""
         rate = self.state.step / self.seconds if self.seconds else 0.0
         return max(1, min(int(RESERVATION_SECONDS * rate), self.plan.steps // RESERVATION_SHARE))
 
     def _status(self) -> str:
-        if not self.state.finite:
+        if not self.finite:
             return DIVERGED
         return COMPLETED if self.state.step >= self.plan.steps or self.budget.remaining == 0 else RUNNING
 
@@ -245,7 +328,7 @@ class TrialRun:
             return {}
         settings = self.config.evaluation
         public = self.data.validation_is_public
-        if not self.state.finite:
+        if not self.finite:
             return worst_metrics(settings.classifiers, distances=public)
         labels = balanced_labels(settings.samples, reference.num_classes)
         samples = generate(self.state.generator, labels, num_classes=reference.num_classes, seed=self.config.seed + 1)
@@ -309,6 +392,13 @@ def _claim_folder(folder: Path, config: TrialConfig) -> None:
         )
     for draft in folder.glob(".draft-*"):
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _set_up(performance: Performance) -> None:
+    if performance.device != "cpu" and not torch.cuda.is_available():
+        raise InputError(f"performance.device={performance.device} needs a CUDA device, and there is none; use cpu")
+    use_threads(performance.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = performance.precision == "tf32"
 
 
 def use_threads(threads: int) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from dpsink import console
-from dpsink.entropy import Entropy
 from dpsink.privacy import audit
 from dpsink.privacy.audit import (
     STEP_CLIP_NORM,
@@ -30,6 +29,7 @@ from dpsink.privacy.audit import (
     worst_case_pairs,
 )
 from dpsink.privacy.mechanism import BatchMechanism, Generated, Mechanism, RecordMechanism, sanitize
+from dpsink.privacy.noise import Noise
 from dpsink.sinkhorn import Points, annealing_schedule, cost_gradient, pairwise_cost, potentials, record_terms
 
 KINDS: tuple[Kind, ...] = ("record", "batch")
@@ -40,7 +40,7 @@ class SensitivityC(BatchMechanism):
     """Broken: the factor 2 is forgotten."""
 
     @property
-    def sensitivity(self) -> float:
+    def sensitivity(self) -> float | Tensor:
         return self.clip_norm
 
 
@@ -51,41 +51,37 @@ class PrivatePotentials(RecordMechanism):
         if not len(real.images):
             return super().query(generated, real)
         schedule = annealing_schedule(1, self.sinkhorn)
-        f, _ = potentials(pairwise_cost(generated.x, real, self.sinkhorn), schedule)
+        f = potentials(pairwise_cost(generated.x, real, self.sinkhorn), schedule)[0][:, 0]
         coupling, norms = record_terms(generated.x, real, self.sinkhorn, f)
         weights = coupling * (self.clip_norm / norms).clamp_max(1)
         return cost_gradient(weights, generated.x, real, self.sinkhorn).double()
 
 
-def half_sigma(mechanism: Mechanism, generated: Generated, real: Points, sigma: float, entropy: Entropy) -> Tensor:
+def half_sigma(mechanism: Mechanism, generated: Generated, real: Points, sigma: float, noise: Noise) -> Tensor:
     """Broken: half of the noise that is claimed."""
-    return sanitize(mechanism, generated, real, sigma / 2, entropy)
+    return sanitize(mechanism, generated, real, sigma / 2, noise)
 
 
 def silent_when_empty(
-    mechanism: Mechanism, generated: Generated, real: Points, sigma: float, entropy: Entropy
+    mechanism: Mechanism, generated: Generated, real: Points, sigma: float, noise: Noise
 ) -> Tensor | None:
     """Broken: an empty batch is skipped."""
-    return sanitize(mechanism, generated, real, sigma, entropy) if len(real.images) else None
+    return sanitize(mechanism, generated, real, sigma, noise) if len(real.images) else None
 
 
-def bare_when_empty(mechanism: Mechanism, generated: Generated, real: Points, sigma: float, entropy: Entropy) -> Tensor:
+def bare_when_empty(mechanism: Mechanism, generated: Generated, real: Points, sigma: float, noise: Noise) -> Tensor:
     """Broken: an empty batch takes its step without noise."""
-    return sanitize(mechanism, generated, real, sigma if len(real.images) else 0.0, entropy)
+    return sanitize(mechanism, generated, real, sigma if len(real.images) else 0.0, noise)
 
 
-def quieter_when_empty(
-    mechanism: Mechanism, generated: Generated, real: Points, sigma: float, entropy: Entropy
-) -> Tensor:
+def quieter_when_empty(mechanism: Mechanism, generated: Generated, real: Points, sigma: float, noise: Noise) -> Tensor:
     """Broken: the noise depends on the batch."""
-    return sanitize(mechanism, generated, real, sigma if len(real.images) else sigma * 0.9, entropy)
+    return sanitize(mechanism, generated, real, sigma if len(real.images) else sigma * 0.9, noise)
 
 
-def longer_with_more(
-    mechanism: Mechanism, generated: Generated, real: Points, sigma: float, entropy: Entropy
-) -> Tensor:
+def longer_with_more(mechanism: Mechanism, generated: Generated, real: Points, sigma: float, noise: Noise) -> Tensor:
     """Broken: the shape of the answer tells the size of the batch."""
-    answer = sanitize(mechanism, generated, real, sigma, entropy)
+    answer = sanitize(mechanism, generated, real, sigma, noise)
     return torch.cat([answer, answer[..., :1, :].expand(len(real.images), -1)])
 
 
@@ -107,8 +103,8 @@ def test_step_audit_is_tight(kind: Kind) -> None:
 
 
 def test_five_percent_less_noise_is_found() -> None:
-    def less(mechanism: Mechanism, generated: Generated, real: Points, sigma: float, entropy: Entropy) -> Tensor:
-        return sanitize(mechanism, generated, real, 0.95 * sigma, entropy)
+    def less(mechanism: Mechanism, generated: Generated, real: Points, sigma: float, noise: Noise) -> Tensor:
+        return sanitize(mechanism, generated, real, 0.95 * sigma, noise)
 
     assert audit_step(audit_mechanism("record"), release=less).violated
 
@@ -295,8 +291,8 @@ def test_one_run_audit_sees_something_in_a_right_trial() -> None:
 
 @pytest.mark.parametrize(("kind", "sigma"), [("record", 6.0), ("batch", 20.0)])
 def test_trial_without_noise_is_found(kind: Kind, sigma: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    def bare(mechanism: Mechanism, generated: Generated, real: Points, _sigma: float, entropy: Entropy) -> Tensor:
-        return sanitize(mechanism, generated, real, 0.0, entropy)
+    def bare(mechanism: Mechanism, generated: Generated, real: Points, _sigma: float, noise: Noise) -> Tensor:
+        return sanitize(mechanism, generated, real, 0.0, noise)
 
     monkeypatch.setattr("dpsink.engine.sanitize", bare)
     found = audit_trial(kind, noise_multiplier=sigma)

@@ -174,8 +174,9 @@ def test_training_is_handed_entropy_by_that_name() -> None:
 
 
 def test_mechanisms_know_no_generator_of_random_numbers_but_entropy() -> None:
-    """No name of torch's or numpy's random numbers, and no seed, stands in the code of the mechanisms."""
-    nodes = list(ast.walk(tree(ROOT / "dpsink/privacy/mechanism.py")))
+    """No name of torch's or numpy's random numbers, and no seed, stands in the code of mechanisms and membership."""
+    files = [ROOT / "dpsink/privacy" / name for name in ("mechanism.py", "sampling.py")]
+    nodes = [node for file in files for node in ast.walk(tree(file))]
     names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     names |= {node.id for node in nodes if isinstance(node, ast.Name)} | {
         node.arg for node in nodes if isinstance(node, ast.arg)
@@ -183,6 +184,13 @@ def test_mechanisms_know_no_generator_of_random_numbers_but_entropy() -> None:
     assert "entropy" in names
     forbidden = ("rand", "normal", "bernoulli", "poisson", "multinomial", "seed", "default_rng", "dropout")
     assert not {name for name in names - {"random_bytes"} for word in forbidden if word in name.lower()}
+
+
+def test_noise_is_seeded_with_nothing_but_entropy() -> None:
+    """The one seed, of a GPU's generator, is bytes of the entropy that the call was given."""
+    calls = [node for node in ast.walk(tree(ROOT / "dpsink/privacy/noise.py")) if isinstance(node, ast.Call)]
+    seeds = [node for node in calls if isinstance(node.func, ast.Attribute) and "seed" in node.func.attr]
+    assert ["entropy.random_bytes(8)" in ast.unparse(argument) for node in seeds for argument in node.args] == [True]
 
 
 def test_environment_decides_on_places_only() -> None:

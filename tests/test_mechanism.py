@@ -1,7 +1,7 @@
 """The proof obligations of both mechanisms: sensitivity, bounded answers, public branches, the noise."""
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpsink.config import SinkhornConfig
-from dpsink.data import poisson_batch
+from dpsink.data import to_unit
 from dpsink.entropy import OsEntropy
 from dpsink.privacy.mechanism import (
     BatchMechanism,
@@ -21,15 +21,17 @@ from dpsink.privacy.mechanism import (
     RecordMechanism,
     class_means_sensitivity,
     clip,
-    gaussian_noise,
     release_class_means,
     sanitize,
 )
-from dpsink.sinkhorn import Points, cost_gradient, record_terms
+from dpsink.privacy.noise import fresh_noise, gaussian_noise
+from dpsink.privacy.sampling import poisson_batch
+from dpsink.sinkhorn import Points, Problem, StackedProblem, cost_gradient, per_slot, record_terms
 from tests.conftest import ReplayedEntropy
 
 N, D, C = 12, 16, 0.5
 SINKHORN = SinkhornConfig(cost="l1+l2", blur=0.5, gen_batch_size=N)
+FRESH = fresh_noise(OsEntropy())
 EXTREMES = [0.0, 1.0, -1.0, 0.5, 1e30, -1e30, 1e19, math.inf, -math.inf, math.nan]
 
 
@@ -128,7 +130,7 @@ def test_one_bad_record_leaves_the_others_answer_alone() -> None:
 @pytest.mark.parametrize("mechanism", mechanisms(), ids=["batch", "record"])
 def test_empty_batch_has_the_shape_and_noise_of_any_other(mechanism: Mechanism) -> None:
     empty = Points(torch.zeros(0, D), torch.zeros(0, dtype=torch.int64))
-    released = sanitize(mechanism, generated(), empty, 50.0, OsEntropy())
+    released = sanitize(mechanism, generated(), empty, 50.0, FRESH)
     assert released.shape == (N, D)
     assert float(released.std()) == pytest.approx(50 * mechanism.sensitivity, rel=0.3)
 
@@ -150,18 +152,63 @@ def test_record_normaliser_is_public() -> None:
     torch.testing.assert_close(gradient - public.debiasing, torch.full_like(released, 0.2))
 
 
+@pytest.mark.parametrize("kind", ["batch", "record"])
+def test_padded_batches_side_by_side_get_the_answers_of_each_alone(kind: str) -> None:
+    """The empty batch among them: F(∅) of `batch` is its data-free part, of `record` zero."""
+    configs = [SINKHORN, SINKHORN.model_copy(update={"blur": 5.0}), SINKHORN]
+    clips, batches = [C, 2 * C, 0.1], [records(6), records(0), records(3, 4)]
+    publics = [Generated.of(*halves(generated(k)), config) for k, config in enumerate(configs)]
+    problem = StackedProblem.of(configs, D)
+    side_by_side = Generated(
+        Points(torch.stack([one.x.images for one in publics]), torch.stack([one.x.labels for one in publics])),
+        torch.stack([one.debiasing for one in publics]),
+        torch.stack([one.tilde_debiasing for one in publics]),
+    )
+    answer = mechanism_of(kind, per_slot(clips), problem).query(side_by_side, pad(batches, 8))
+    for k, config in enumerate(configs):
+        alone = mechanism_of(kind, clips[k], config).query(publics[k], batches[k])
+        torch.testing.assert_close(answer[k], alone, atol=1e-6, rtol=1e-5)
+
+
+def mechanism_of(kind: str, clip_norm: float | Tensor, problem: Problem) -> Mechanism:
+    return BatchMechanism(clip_norm, problem) if kind == "batch" else RecordMechanism(clip_norm, problem, 10.0)
+
+
+def halves(public: Generated) -> tuple[Points, Points]:
+    """X, and an X̃ made of its first rows moved a little."""
+    return public.x, Points(public.x.images[:3] * 0.9, public.x.labels[:3])
+
+
+def pad(batches: list[Points], width: int) -> Points:
+    images, labels = torch.full((len(batches), width, D), math.nan), torch.zeros(len(batches), width).long()
+    present = torch.zeros(len(batches), width, dtype=torch.bool)
+    for row, one in enumerate(batches):
+        size = len(one.labels)
+        images[row, :size], labels[row, :size], present[row, :size] = one.images, one.labels, True
+    return Points(images, labels, present)
+
+
+def test_bytes_are_the_records_that_they_stand_for() -> None:
+    """The engine hands over uint8 images; floats of the same pixels get the same answer."""
+    pixels = torch.randint(256, (7, D), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    labels = torch.arange(7) % 4
+    for mechanism in mechanisms():
+        answers = [mechanism.query(generated(), Points(images, labels)) for images in (pixels, to_unit(pixels))]
+        assert torch.equal(*answers)
+
+
 @given(
     values=st.lists(st.floats(allow_nan=True, allow_infinity=True), min_size=1, max_size=8),
     bound=st.floats(1e-6, 1e6),
 )
 def test_clip_is_finite_and_never_above_its_bound(values: list[float], bound: float) -> None:
-    clipped = clip(torch.tensor(values, dtype=torch.float64), bound)
+    clipped = clip(torch.tensor([values], dtype=torch.float64), bound)
     assert torch.isfinite(clipped).all()
-    assert math.sqrt(sum(value**2 for value in clipped.tolist())) <= bound
+    assert math.sqrt(sum(value**2 for value in clipped[0].tolist())) <= bound
 
 
 def test_clip_leaves_short_vectors_alone() -> None:
-    values = torch.tensor([0.3, -0.4], dtype=torch.float64)
+    values = torch.tensor([[0.3, -0.4]], dtype=torch.float64)
     torch.testing.assert_close(clip(values, 1.0), values)
 
 
@@ -169,7 +216,7 @@ def test_clip_leaves_short_vectors_alone() -> None:
 def test_noise_has_the_standard_deviation_of_sigma_times_sensitivity(mechanism: Mechanism) -> None:
     public, batch = generated(), records(5)
     answer = mechanism.query(public, batch)
-    noise = torch.stack([sanitize(mechanism, public, batch, 1.5, OsEntropy()) - answer for _ in range(400)])
+    noise = torch.stack([sanitize(mechanism, public, batch, 1.5, FRESH) - answer for _ in range(400)])
     expected = 1.5 * mechanism.sensitivity
     # The standard error of a standard deviation from 76,800 draws is 0.26 %.
     assert float(noise.std()) == pytest.approx(expected, rel=0.015)
@@ -220,17 +267,46 @@ def test_membership_is_independent_between_records() -> None:
     assert abs(correlation.mean()) < 6 / math.sqrt(400 * len(correlation))
 
 
-def test_membership_rate_is_never_above_the_accounted_one() -> None:
-    """The threshold is rounded down: the word at the rounded-down rate is out, the one below is in."""
-    rate = 50 / 60_000
-    threshold = int(rate * 2**32)
+@pytest.mark.parametrize("rate", [1e-9, 50 / 60_000, 0.4])
+def test_membership_rate_is_never_above_the_accounted_one(rate: float) -> None:
+    """A uniform at the accounted rate leaves the first record out; one just below it, by 2⁻³⁰ of it, takes it in."""
 
     class Fixed:
-        def random_bytes(self, count: int) -> bytes:
-            return np.array([threshold, threshold - 1], dtype=np.uint32).tobytes()
+        def __init__(self, uniform: float) -> None:
+            self.word = int(uniform * 2**64)
 
-    assert threshold / 2**32 <= rate
-    assert poisson_batch(Fixed(), 2, rate).tolist() == [1]
+        def random_bytes(self, count: int) -> bytes:
+            return np.full(count // 8, self.word, dtype=np.uint64).tobytes()
+
+    assert 0 not in poisson_batch(Fixed(rate), 3, rate)
+    assert 0 in poisson_batch(Fixed(rate * (1 - 2**-30)), 3, rate)
+
+
+def test_membership_without_a_rate_is_empty_and_with_certainty_whole() -> None:
+    assert len(poisson_batch(OsEntropy(), 50, 0.0)) == 0
+    assert poisson_batch(OsEntropy(), 50, 1.0).tolist() == list(range(50))
+
+
+def test_size_of_the_batch_is_binomial() -> None:
+    sizes = np.array([len(poisson_batch(OsEntropy(), 60, 0.2)) for _ in range(4000)])
+    expected = scipy.stats.binom.pmf(np.arange(4, 21), 60, 0.2)
+    observed = np.array([(sizes == k).mean() for k in range(4, 21)])
+    assert np.abs(observed - expected).max() < 6 * math.sqrt(expected.max() / 4000)
+
+
+def test_bytes_drawn_for_a_batch_are_a_public_number() -> None:
+    """As many whatever the batch, up to a chance of 1e-9 of asking again; and proportional to it, not to the data."""
+
+    class Counting(OsEntropy):
+        counts: ClassVar[list[int]] = []
+
+        def random_bytes(self, count: int) -> bytes:
+            self.counts.append(count)
+            return super().random_bytes(count)
+
+    for _ in range(200):
+        poisson_batch(Counting(), 1_000_000, 5e-5)
+    assert set(Counting.counts) == {8 * 108}
 
 
 @settings(max_examples=40, deadline=None)

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from dpsink.checkpoint import CheckpointState, Report, save_checkpoint
-from dpsink.config import TrialConfig, flatten, load_config
+from dpsink.config import Performance, TrialConfig, flatten, load_config
 from dpsink.data import ImageData
-from dpsink.engine import initial_state, step
+from dpsink.engine import Trial, TrialStack, initial_state
 from dpsink.entropy import OsEntropy
 from dpsink.evaluation import CLASSIFIERS
 from dpsink.privacy.plan import PrivacyPlan
@@ -122,7 +122,9 @@ def test_step_returns_nothing(digits: ImageData) -> None:
     """What a caller is not given it cannot log."""
     config = load_config(None, ["generator.hidden_dim=2", "sinkhorn.gen_batch_size=10"])
     plan = PrivacyPlan("record", len(digits.train), 0.1, 3.0, 5.0, 10, 10.0, 5e-5)
-    assert step(initial_state(config, digits.train), digits.train, config, plan, OsEntropy()) is None
+    stack = TrialStack(config, digits.train, Performance())
+    stack.join(Trial(config, plan, initial_state(config, digits.train), OsEntropy()))
+    assert stack.step() is None
 
 
 def test_every_test_that_the_document_names_exists() -> None:

@@ -123,7 +123,7 @@ def write_run(run: Path, config: TrialConfig, value: float, charged: int, status
         data_fingerprint="hmac", reports=(report,),
     )  # fmt: skip
     generator = build_generator(config, (1, 8, 8), 10)
-    state = TrialState(generator, None, torch.Generator().manual_seed(0), charged)
+    state = TrialState(generator, torch.zeros(2, 0), torch.Generator().manual_seed(0), charged)
     save_checkpoint(run, description, state, sample_grid(generator, num_classes=10))
 
 

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from dpsink.config import SinkhornConfig
 from dpsink.sinkhorn import (
+    Annealing,
     Points,
+    StackedProblem,
     annealing_schedule,
     comparison_points,
     cost_gradient,
@@ -18,6 +20,7 @@ from dpsink.sinkhorn import (
     regularisation,
     space_diameter,
     transport_cost,
+    transport_gradient,
     transport_gradients,
 )
 
@@ -122,8 +125,9 @@ def test_record_terms_are_the_gradient_of_the_semi_dual() -> None:
 def test_record_gradient_at_the_optimal_potential_is_the_transport_gradient() -> None:
     config = settings("l2", 1, 1.0, 50.0)
     x, y = points(12, 1), points(7, 2)
-    schedule = annealing_schedule(64, config) + [50.0] * 500
-    f, _ = potentials(pairwise_cost(x, y, config), schedule)
+    temperatures = [*annealing_schedule(64, config).temperatures, *[50.0] * 500]
+    f, _ = potentials(pairwise_cost(x, y, config), Annealing(temperatures, [None] * len(temperatures)))
+    f = f[:, 0]
     by_record = cost_gradient(record_terms(x, y, config, potential=f).coupling / 7, x, y, config)
     f_only = torch.softmax((f[:, None] - pairwise_cost(x, y, config)) / 50.0, 0) / 7
     torch.testing.assert_close(f_only.sum(1), torch.full((12,), 1 / 12, dtype=torch.float64), atol=1e-8, rtol=0)
@@ -162,3 +166,58 @@ def _autograd_cost(images: Tensor, labels: Tensor, y: Points, config: SinkhornCo
     image_cost = difference.square().sum(-1) + config.l1_weight * difference.abs().sum(-1)
     w = config.label_weight
     return image_cost + (labels[:, None] != y.labels) * (2 * w**2 + 2 * w * config.l1_weight)
+
+
+STACKED = [
+    settings("l1+l2", 1, 1.0, 5.0),
+    settings("l1+l2", 1, 3.0, 0.5, label_weight=2.0),
+    settings("l1+l2", 1, 0.5, 0.05, label_weight=0.0),
+]
+
+
+def stack(each: list[Points]) -> Points:
+    return Points(torch.stack([one.images for one in each]), torch.stack([one.labels for one in each]))
+
+
+def padded(each: list[Points], width: int) -> Points:
+    """The sets in rows of one width; what fills them up is far from zero."""
+    images = torch.full((len(each), width, each[0].images.shape[1]), 7.0, dtype=torch.float64)
+    labels, present = torch.zeros(len(each), width, dtype=torch.int64), torch.zeros(len(each), width, dtype=torch.bool)
+    for row, one in enumerate(each):
+        size = len(one.labels)
+        images[row, :size], labels[row, :size], present[row, :size] = one.images, one.labels, True
+    return Points(images, labels, present)
+
+
+def test_stacked_problems_have_the_gradients_of_each_alone() -> None:
+    """Different blurs need different numbers of iterations: the short ones are frozen at their end."""
+    x, y = [points(12, k) for k in range(3)], [points(17, 10 + k) for k in range(3)]
+    both = transport_gradients(stack(x), stack(y), StackedProblem.of(STACKED, 64))
+    for k, config in enumerate(STACKED):
+        for mine, alone in zip(both, transport_gradients(x[k], y[k], config), strict=True):
+            torch.testing.assert_close(mine[k], alone, atol=1e-11, rtol=0)
+
+
+def test_longer_annealing_than_needed_changes_nothing() -> None:
+    x, y = stack([points(12, 1)]), stack([points(17, 2)])
+    exact, longer = (StackedProblem.of(STACKED[:1], 64, iterations=length) for length in (0, 40))
+    torch.testing.assert_close(
+        transport_gradients(x, y, longer)[0], transport_gradients(x, y, exact)[0], atol=1e-12, rtol=0
+    )
+
+
+@pytest.mark.parametrize("width", [17, 64])
+def test_padding_has_no_weight_in_transport(width: int) -> None:
+    x, y = [points(12, k) for k in range(3)], [points(size, 10 + k) for k, size in enumerate((17, 5, 1))]
+    gradient = transport_gradient(stack(x), padded(y, width), StackedProblem.of(STACKED, 64))
+    for k, config in enumerate(STACKED):
+        torch.testing.assert_close(gradient[k], transport_gradient(x[k], y[k], config), atol=1e-11, rtol=0)
+
+
+def test_stacked_record_terms_are_those_of_each_alone() -> None:
+    x, y = [points(12, k) for k in range(3)], [points(17, 10 + k) for k in range(3)]
+    together = record_terms(stack(x), stack(y), StackedProblem.of(STACKED, 64))
+    for k, config in enumerate(STACKED):
+        alone = record_terms(x[k], y[k], config)
+        torch.testing.assert_close(together.coupling[k], alone.coupling, atol=1e-14, rtol=1e-9)
+        torch.testing.assert_close(together.norms[k], alone.norms, atol=1e-10, rtol=1e-10)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dpsink.checkpoint import CheckpointState, Report, save_checkpoint
 from dpsink.config import TrialConfig, config_sha256, flatten, load_config
@@ -92,7 +93,7 @@ def write_checkpoint(run: Path, fake: Fake) -> None:
         config=config, plan=asdict(plan), image_shape=(1, 8, 8), num_classes=10, step=reports[-1].step,
         data_fingerprint=fake.fingerprint, reports=reports,
     )  # fmt: skip
-    state = TrialState(generator, None, public_rng(), reports[-1].step)
+    state = TrialState(generator, torch.zeros(2, 0), public_rng(), reports[-1].step)
     save_checkpoint(run, description, state, sample_grid(generator, num_classes=10, seed=len(reports)))
 
 

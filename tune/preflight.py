@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dpsink.config import TrialConfig
-from dpsink.data import ImageData, load_dataset, private_records
+from dpsink.data import ImageData, load_dataset
 from dpsink.errors import InputError
 from dpsink.privacy.accounts import AccountTerms, TrialCosts
 from dpsink.privacy.ledger import TrialCost, planned_epsilon
@@ -157,7 +157,6 @@ def _common_settings(configs: list[TrialConfig]) -> TrialConfig:
         ):
             if mine != other:
                 raise InputError(f"{path} must be the same in all trials of a study, not {mine} and {other}")
-    private_records(first.data)
     return first
 
 

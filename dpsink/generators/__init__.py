@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from dpsink.config import TrialConfig
 from dpsink.errors import InputError
+from dpsink.generators.biggan import CondBiggan
 from dpsink.generators.class_mean import ClassMean
 from dpsink.generators.conv import ConvCond
 
-__all__ = ["ClassMean", "ConvCond", "Generator", "build_generator", "draw_latents"]
+__all__ = ["ClassMean", "CondBiggan", "ConvCond", "Generator", "build_generator", "draw_latents"]
 
 
 class Generator(Protocol):
@@ -48,5 +49,6 @@ def draw_latents(count: int, dimension: int, rng: torch.Generator) -> Tensor:
 
 _BUILDERS: dict[str, Callable[[Any, tuple[int, int, int], int], nn.Module]] = {
     "conv_cond": ConvCond,
+    "cond_biggan": CondBiggan,
     "class_mean": ClassMean,
 }

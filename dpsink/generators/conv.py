@@ -23,7 +23,8 @@ class ConvCond(nn.Module):
         channels, side, _ = shape
         h, self.base = config.hidden_dim, side // 4
         self.latent_dim = config.latent_dim
-        self.embedding = nn.Embedding(num_classes, config.embed_dim)
+        self.conditional = config.conditional
+        self.embedding = nn.Embedding(num_classes if config.conditional else 1, config.embed_dim)
         self.stem = nn.Linear(config.latent_dim + config.embed_dim, 4 * h * self.base**2, bias=False)
         self.layers = nn.Sequential(
             *_normalised(4 * h),
@@ -36,9 +37,11 @@ class ConvCond(nn.Module):
         )
 
     def forward(self, latents: Tensor, labels: Tensor) -> Tensor:
+        labels = labels if self.conditional else torch.zeros_like(labels)
         stem = self.stem(torch.cat([latents, self.embedding(labels)], dim=1))
-        maps = stem.reshape(latents.shape[0], -1, self.base, self.base)
-        return self.layers(maps.contiguous(memory_format=torch.channels_last))
+        # Channels last, which convolutions on a CPU like best, and without a copy.
+        maps = stem.unflatten(1, (self.base, self.base, -1)).permute(0, 3, 1, 2)
+        return self.layers(maps)
 
 
 def _normalised(channels: int) -> tuple[nn.Module, nn.Module]:

@@ -5,7 +5,7 @@ drawn, a quantity that was thought public. What it finds is a lower bound of ε.
 guarantee is broken; a bound below it does not show that the guarantee holds.
 
 `audit_step` attacks one release many times, on pairs of batches that differ in a worst-case record, a canary. It is
-fast, and tight: the pairs reach the full sensitivity. `audit_trial` attacks one whole run of `engine.step` that
+fast, and tight: the pairs reach the full sensitivity. `audit_trial` attacks one whole run of `engine.TrialStack` that
 trained on hundreds of canaries, each put in or left out by a coin. It sees the sampling, the composition and the
 training loop too, and its bound is loose.
 """
@@ -24,17 +24,20 @@ from scipy.linalg import hadamard
 from scipy.stats import beta, binom, norm
 from torch import Tensor, nn
 
-from dpsink.config import ConvCondConfig, PrivacyConfig, SinkhornConfig, TrialConfig
-from dpsink.data import DATASETS, LabelledImages, poisson_batch, to_unit
-from dpsink.engine import build_mechanism, initial_state, step
+from dpsink.config import ConvCondConfig, Performance, PrivacyConfig, SinkhornConfig, TrialConfig
+from dpsink.data import LabelledImages, to_unit
+from dpsink.datasets import DATASETS
+from dpsink.engine import Trial, TrialStack, build_mechanism, initial_state
 from dpsink.entropy import Entropy, OsEntropy
 from dpsink.privacy.accounting import epsilon
 from dpsink.privacy.mechanism import BatchMechanism, Generated, Mechanism, RecordMechanism, sanitize
+from dpsink.privacy.noise import Noise, fresh_noise
 from dpsink.privacy.plan import PrivacyPlan
+from dpsink.privacy.sampling import poisson_batch
 from dpsink.sinkhorn import Points, record_terms
 
 Kind = Literal["record", "batch"]
-Release = Callable[[Mechanism, Generated, Points, float, Entropy], Tensor | None]
+Release = Callable[[Mechanism, Generated, Points, float, Noise], Tensor | None]
 
 DELTA = 1e-5
 LIMITS = (
@@ -196,7 +199,7 @@ class _Attack:
     def ask(self, batch: Points, times: int | None = None) -> Tensor | None:
         """One answer (n, d) as training asks for it, or `times` independent ones (times, n, d)."""
         mechanism = self.mechanism if times is None else _Repeated(self.mechanism, times)
-        return self.release(mechanism, self.pair.generated, batch, self.noise_multiplier, self.entropy)
+        return self.release(mechanism, self.pair.generated, batch, self.noise_multiplier, fresh_noise(self.entropy))
 
     def direction(self) -> Tensor:
         """Unit vector from the answer without the canary to the one with it, (n, d)."""
@@ -233,7 +236,7 @@ class _Repeated:
     times: int
 
     @property
-    def sensitivity(self) -> float:
+    def sensitivity(self) -> float | Tensor:
         return self.mechanism.sensitivity
 
     def query(self, generated: Generated, real: Points) -> Tensor:
@@ -402,7 +405,7 @@ def audit_trial(
     confidence: float = TRIAL_CONFIDENCE,
     entropy: Entropy | None = None,
 ) -> TrialAudit:
-    """Trains once on digits and canaries with `engine.step`, then guesses which canaries were there.
+    """Trains once on digits and canaries with the training step, then guesses which canaries were there.
 
     The attacker sees what the guarantee covers: every step's public side and noisy gradient; and knows all records
     but the coins. Per step it adds up, for each canary, the inner product of the gradient, less what all others
@@ -526,8 +529,9 @@ class _Suspects:
         if isinstance(mechanism, RecordMechanism):  # additive, so the mean is exact
             ask = partial(mechanism.query, generated)
             return plan.sample_rate * (ask(self.records) + ask(self.canaries) / 2)
-        everything = (torch.cat(parts) for parts in zip(self.records, self.canaries, strict=True))
-        return mechanism.query(generated, Points(*everything))
+        images = torch.cat([self.records.images, self.canaries.images])
+        labels = torch.cat([self.records.labels, self.canaries.labels])
+        return mechanism.query(generated, Points(images, labels))
 
     def evidence(self, residual: Tensor, generated: Generated, config: SinkhornConfig) -> Tensor:
         """⟨residual, term⟩ for each canary's own clipped term, up to a factor: float64, (m,).
@@ -562,11 +566,12 @@ class _Wiretap:
 def _train_and_listen(plan: PrivacyPlan, private: LabelledImages, suspects: _Suspects, entropy: Entropy) -> Tensor:
     """The canaries' scores after a whole training run, float64, (m,)."""
     config = _trial_config(plan)
-    state, mechanism = initial_state(config, private), build_mechanism(config, plan)
-    wiretap = _Wiretap(state.generator)
+    stack, mechanism = TrialStack(config, private, Performance()), build_mechanism(plan, config.sinkhorn)
+    stack.join(Trial(config, plan, initial_state(config, private), entropy))
+    wiretap = _Wiretap(stack.generators.modules[0])
     scores = torch.zeros(len(suspects.canaries.images), dtype=torch.float64)
     for _ in range(plan.steps):
-        step(state, private, config, plan, entropy)
+        stack.step()
         generated = wiretap.generated(config.sinkhorn)
         expected = suspects.expected_answer(mechanism, generated, plan)
         gradient = wiretap.gradient[: config.sinkhorn.gen_batch_size]

@@ -2,19 +2,22 @@
 
 Each mechanism has one function of the private batch, `query`, whose L2 sensitivity under adding or removing one
 record is `sensitivity`; `sanitize` is the only caller, and adds the noise. What comes after is post-processing.
+
+A mechanism serves one trial, or K at once: tensors then have a leading axis K, and clip norms, noise multipliers and
+expected batches are tensors (K, 1, 1). A trial's answer does not depend on the others.
 """
 
 import math
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from dpsink.config import SinkhornConfig
+from dpsink.data import to_unit
 from dpsink.entropy import Entropy
-from dpsink.sinkhorn import Points, cost_gradient, debiasing_gradients, record_terms, transport_gradients
+from dpsink.privacy.noise import Noise, gaussian_noise
+from dpsink.sinkhorn import Points, Problem, cost_gradient, debiasing_gradients, record_terms, transport_gradient
 
 # Sums of float32 terms overshoot their bound by rounding (3.4e-6 seen at a thousand records): aim below it.
 ROUNDING_MARGIN = 1e-4
@@ -27,8 +30,8 @@ class Generated:
 
     Attributes:
         x: X, n rows.
-        debiasing: gradient of −OT_λ(X, X') in the images of X, (n, d).
-        tilde_debiasing: the same in those of X̃, (r, d).
+        debiasing: gradient of −OT_λ(X, X') in the images of X, ([K,] n, d).
+        tilde_debiasing: the same in those of X̃, ([K,] r, d).
     """
 
     x: Points
@@ -36,25 +39,25 @@ class Generated:
     tilde_debiasing: Tensor
 
     @classmethod
-    def of(cls, x: Points, x_tilde: Points, config: SinkhornConfig) -> "Generated":
+    def of(cls, x: Points, x_tilde: Points, problem: Problem) -> "Generated":
         """The public side from X and from X̃, which carries the labels of the first r rows of X."""
-        return cls(x, *debiasing_gradients(x, x_tilde, config))
+        return cls(x, *debiasing_gradients(x, x_tilde, problem))
 
 
 class Mechanism(Protocol):
     """A bounded query of the private batch, and what to do with its noised answer."""
 
     @property
-    def sensitivity(self) -> float:
+    def sensitivity(self) -> float | Tensor:
         """max ‖F(S ∪ {record}) − F(S)‖₂ over all S and records."""
         ...
 
     def query(self, generated: Generated, real: Points) -> Tensor:
-        """F(S), (n, d), float64; the only function of private records. Finite for every input."""
+        """F(S), ([K,] n, d), float64; the only function of private records. Finite for every input."""
         ...
 
     def loss_gradients(self, generated: Generated, released: Tensor) -> tuple[Tensor, Tensor]:
-        """Gradients of the loss in X (n, d) and X̃ (r, d) from the released answer; post-processing."""
+        """Gradients of the loss in X ([K,] n, d) and X̃ ([K,] r, d) from the released answer; post-processing."""
         ...
 
 
@@ -66,18 +69,19 @@ class BatchMechanism:
     because F(∅) has the same shape and noise as any other answer.
     """
 
-    clip_norm: float
-    sinkhorn: SinkhornConfig
+    clip_norm: float | Tensor
+    sinkhorn: Problem
 
     @property
-    def sensitivity(self) -> float:
+    def sensitivity(self) -> float | Tensor:
         return 2 * self.clip_norm
 
     def query(self, generated: Generated, real: Points) -> Tensor:
         gradient = generated.debiasing
-        if real.images.shape[0]:
-            real_gradient, _ = transport_gradients(generated.x, sanitize_records(real), self.sinkhorn)
-            gradient = gradient + 2 * real_gradient
+        if real.labels.shape[-1]:
+            records = sanitize_records(real, generated.x.images.dtype)
+            real_gradient = 2 * transport_gradient(generated.x, records, self.sinkhorn)
+            gradient = gradient + (real_gradient if real.present is None else _unless_empty(real_gradient, real))
         return clip(gradient, self.clip_norm)
 
     def loss_gradients(self, generated: Generated, released: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,31 +98,31 @@ class RecordMechanism:
     of the realised batch is never used.
     """
 
-    clip_norm: float
-    sinkhorn: SinkhornConfig
-    expected_batch: float
+    clip_norm: float | Tensor
+    sinkhorn: Problem
+    expected_batch: float | Tensor
 
     @property
-    def sensitivity(self) -> float:
+    def sensitivity(self) -> float | Tensor:
         return self.clip_norm
 
     def query(self, generated: Generated, real: Points) -> Tensor:
         total = torch.zeros_like(generated.x.images, dtype=torch.float64)
-        for start in range(0, real.images.shape[0], CHUNK):
-            total += self._chunk_sum(
-                generated.x, Points(real.images[start : start + CHUNK], real.labels[start : start + CHUNK])
-            )
+        for start in range(0, real.labels.shape[-1], CHUNK):
+            total += self._chunk_sum(generated.x, _rows(real, slice(start, start + CHUNK)))
         return total
 
     def _chunk_sum(self, x: Points, real: Points) -> Tensor:
         """Σ_j s_j v_j over a chunk of records, with s_j = min(1, c/‖v_j‖)."""
-        real = sanitize_records(real)
+        real = sanitize_records(real, x.images.dtype)
         coupling, norms = record_terms(x, real, self.sinkhorn)
         bound = self.clip_norm * (1 - ROUNDING_MARGIN)
-        scale = (bound / norms.clamp_min(torch.finfo(norms.dtype).tiny)).clamp_max(1)
-        # A column that is not finite (it cannot be, after sanitising) must vanish rather than spread.
-        usable = torch.isfinite(norms) & torch.isfinite(coupling).all(0)
-        weights = torch.where(usable, coupling * scale, torch.zeros_like(coupling))
+        scale = (bound / norms.clamp_min(torch.finfo(norms.dtype).tiny)[..., None, :]).clamp_max(1)
+        # A column that is not finite (it cannot be, after sanitising) must vanish rather than spread; its norm, a
+        # sum over the column, is not finite either.
+        usable = torch.isfinite(norms)
+        usable = usable if real.present is None else usable & real.present
+        weights = coupling.mul_(scale).masked_fill_(~usable[..., None, :], 0)
         return cost_gradient(weights, x, real, self.sinkhorn).double()
 
     def loss_gradients(self, generated: Generated, released: Tensor) -> tuple[Tensor, Tensor]:
@@ -126,12 +130,12 @@ class RecordMechanism:
 
 
 def sanitize(
-    mechanism: Mechanism, generated: Generated, real: Points, noise_multiplier: float, entropy: Entropy
+    mechanism: Mechanism, generated: Generated, real: Points, noise_multiplier: float | Tensor, noise: Noise
 ) -> Tensor:
-    """One release: F(S) + N(0, (σ·sensitivity)²), (n, d), float64. The empty batch is no special case."""
+    """One release: F(S) + N(0, (σ·sensitivity)²), ([K,] n, d), float64. The empty batch is no special case."""
     answer = mechanism.query(generated, real)
     std = noise_multiplier * mechanism.sensitivity
-    return answer + std * gaussian_noise(tuple(answer.shape), entropy).to(answer.device)
+    return answer + std * noise(tuple(answer.shape))
 
 
 def release_class_means(
@@ -180,35 +184,37 @@ def release_counts(counts: Tensor, noise_multiplier: float, entropy: Entropy) ->
     return counts + std * gaussian_noise(tuple(counts.shape), entropy)
 
 
-def clip(values: Tensor, bound: float) -> Tensor:
-    """Scales to L2 norm at most `bound`, in float64; a non-finite entry counts as zero."""
+def clip(values: Tensor, bound: float | Tensor) -> Tensor:
+    """Scales (n, d), or each of (K, n, d), to L2 norm at most `bound`; float64. A non-finite entry counts as zero."""
     values = torch.nan_to_num(values.double(), nan=0.0, posinf=0.0, neginf=0.0)
     if not values.numel():
         return values
     # Through a unit vector: the square of 1e200 overflows, and 1e-6 / 1e308 has few digits left.
-    largest = values.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+    tiny = torch.finfo(torch.float64).tiny
+    largest = values.abs().amax((-2, -1), keepdim=True).clamp_min(tiny)
     unit = values / largest
-    norm = unit.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    norm = torch.linalg.vector_norm(unit, dim=(-2, -1), keepdim=True).clamp_min(tiny)
     clipped = unit * (bound * (1 - 1e-12) / norm)
     return torch.where(norm * largest <= bound * (1 - 1e-12), values, clipped)
 
 
-def sanitize_records(real: Points) -> Points:
-    """Replaces non-finite pixels by 0 and clamps the rest to [-1, 1]: one bad record must not spread."""
-    images = torch.nan_to_num(real.images, nan=0.0, posinf=0.0, neginf=0.0).clamp(-1, 1)
-    return Points(images, real.labels)
+def sanitize_records(real: Points, dtype: torch.dtype) -> Points:
+    """Pixels as finite numbers in [-1, 1]: one bad record must not spread.
 
-
-def gaussian_noise(shape: tuple[int, ...], entropy: Entropy) -> Tensor:
-    """Standard normal draws, float64, by Box-Muller on 64-bit uniforms.
-
-    The tail reaches 9.4 standard deviations (probability 1e-20), where float32 generators stop at 5.77
-    (probability 8e-9 a draw, far above δ over a run).
+    Images of bytes are that by construction; of others, a non-finite pixel becomes 0 and the rest are clamped.
     """
-    count = math.prod(shape)
-    pairs = (count + 1) // 2
-    words = np.frombuffer(entropy.random_bytes(16 * pairs), dtype=np.uint64).astype(np.float64)
-    radius = np.sqrt(-2 * np.log((words[:pairs] + 0.5) * 2.0**-64))
-    angle = words[pairs:] * (2 * np.pi * 2.0**-64)
-    draws = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
-    return torch.from_numpy(draws).reshape(shape)
+    if real.images.dtype == torch.uint8:
+        return real._replace(images=to_unit(real.images, dtype))
+    images = torch.nan_to_num(real.images, nan=0.0, posinf=0.0, neginf=0.0).clamp(-1, 1)
+    return real._replace(images=images.to(dtype))
+
+
+def _rows(points: Points, rows: slice) -> Points:
+    present = None if points.present is None else points.present[..., rows]
+    return Points(points.images[..., rows, :], points.labels[..., rows], present)
+
+
+def _unless_empty(gradient: Tensor, real: Points) -> Tensor:
+    """Zero for a trial whose batch is nothing but padding."""
+    assert real.present is not None
+    return gradient.masked_fill(~real.present.any(-1)[..., None, None], 0)

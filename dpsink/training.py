@@ -395,8 +395,9 @@ def _claim_folder(folder: Path, config: TrialConfig) -> None:
 
 
 def _set_up(performance: Performance) -> None:
-    if performance.device != "cpu" and not torch.cuda.is_available():
-        raise InputError(f"performance.device={performance.device} needs a CUDA device, and there is none; use cpu")
+    device, there = torch.device(performance.device), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise InputError(f"performance.device={device} must be cpu, or one of the {there} CUDA devices of this machine")
     use_threads(performance.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = performance.precision == "tf32"
 

@@ -436,7 +436,7 @@ def with_plan(**changes: object) -> Callable[[bytes], bytes]:
     [
         ("state.json", lambda content: content[:-40]),
         ("state.json", lambda content: b""),
-        ("state.json", lambda content: content.replace(b'"format": 1', b'"format": 2')),
+        ("state.json", lambda content: content.replace(b'"format": 2', b'"format": 3')),
         ("state.json", with_plan(sigma=1)),
         ("state.json", with_plan(noise_multiplier="none")),
         ("model.safetensors", lambda content: content[:-1]),
@@ -612,3 +612,14 @@ def test_loaded_generator_of_a_run_is_the_one_that_was_saved(trained: Path) -> N
     """Keeps the fixture honest: `trained` holds a whole checkpoint."""
     _, description = load_generator(trained)
     assert (description.step, description.witness["charged"]) == (6, 6)
+
+
+@pytest.mark.parametrize("option", [("--device", "cuda:99"), ("--device", "tpu"), ("--precision", "half")])
+def test_performance_that_cannot_be_had_is_one_line_and_writes_nothing(
+    option: tuple[str, str], dpsink: Command, tmp_path: Path
+) -> None:  # fmt: skip
+    answer = dpsink(
+        "train", "privacy.noise_multiplier=3", "privacy.delta=5e-5", *option, "--out", str(tmp_path / "run")
+    )
+    assert (answer.code, len(answer.err.strip().splitlines())) == (2, 1)
+    assert not (tmp_path / "run").exists()

@@ -280,7 +280,9 @@ class TrialStack:
 
     def _pure_step(self, inputs: StepInputs) -> None:
         """Generate, ask the mechanism once, back-propagate, update: no random draw, no look at a value."""
-        images = self.generators(inputs.latents, inputs.labels, self.trials)
+        updated = inputs.active & self.alive
+        occupied = [trial is not None for trial in self.trials]
+        images = self.generators(inputs.latents, inputs.labels, occupied)
         points = images.detach().flatten(2)
         x = Points(points[:, : self.n], inputs.labels[:, : self.n])
         x_tilde = Points(points[:, self.n :], inputs.labels[:, self.n :])
@@ -293,8 +295,7 @@ class TrialStack:
 
         # Back-propagate the sanitised image gradients; all from here on is post-processing.
         gradient = torch.cat(numbers.mechanism.loss_gradients(generated, released), dim=1)
-        weights_gradient = self.generators.backward(images, gradient.to(images.dtype).reshape(images.shape))
-        updated = inputs.active & self.alive
+        weights_gradient = self.generators.backward(images, gradient.to(images.dtype).reshape(images.shape), updated)
         self.adam.step(weights_gradient, inputs.rates, updated)
         self.alive &= torch.isfinite(self.generators.weights).all(1)
 
@@ -309,14 +310,18 @@ class TrialStack:
         members, present = self._draw_members()
         public = [self._draw_public(trial) for trial in self.trials]
         return StepInputs(
-            latents=torch.stack([latents for latents, _ in public]).to(self.device, self.dtype),
-            labels=torch.stack([labels for _, labels in public]).to(self.device),
-            members=members.to(self.device),
-            present=None if present is None else present.to(self.device),
+            latents=self._put(torch.stack([latents for latents, _ in public]).to(self.dtype)),
+            labels=self._put(torch.stack([labels for _, labels in public])),
+            members=self._put(members),
+            present=None if present is None else self._put(present),
             noise=torch.stack([self._draw_noise(trial) for trial in self.trials]),
-            rates=torch.tensor([_rates(trial) for trial in self.trials], dtype=torch.float64).to(self.device),
-            active=torch.tensor([trial is not None for trial in self.trials]).to(self.device),
+            rates=self._put(torch.tensor([_rates(trial) for trial in self.trials], dtype=torch.float64)),
+            active=self._put(torch.tensor([trial is not None for trial in self.trials])),
         )
+
+    def _put(self, drawn: Tensor) -> Tensor:
+        """On the device; from pinned memory, so that a GPU need not be waited for."""
+        return drawn if self.device.type == "cpu" else drawn.pin_memory().to(self.device, non_blocking=True)
 
     def _draw_members(self) -> tuple[Tensor, Tensor | None]:
         """Each trial's private batch, each record with its probability q; padded where the shape has to be fixed."""

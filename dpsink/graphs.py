@@ -23,11 +23,12 @@ class StaticStep:
     def __init__(self, function: Callable[[Any], None], device: torch.device) -> None:
         self.function, self.device = function, device
         self._shapes: dict[tuple[torch.Size | None, ...], _Shape] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # all shapes share memory
 
     def __call__(self, inputs: Any) -> None:
         shapes = tuple(None if one is None else one.shape for one in inputs)
         if shapes not in self._shapes:
-            self._shapes[shapes] = _Shape(self.function, inputs, self.device)
+            self._shapes[shapes] = _Shape(self.function, inputs, self.device, self._pool)
         self._shapes[shapes].run(inputs)
 
     def forget(self) -> None:
@@ -38,8 +39,8 @@ class StaticStep:
 class _Shape:
     """The copies of one set of shapes, and the recording made on them."""
 
-    def __init__(self, function: Callable[[Any], None], inputs: Any, device: torch.device) -> None:
-        self.function, self.device = function, device
+    def __init__(self, function: Callable[[Any], None], inputs: Any, device: torch.device, pool: Any) -> None:
+        self.function, self.device, self.pool = function, device, pool
         self.copies = type(inputs)(*(None if one is None else torch.empty_like(one) for one in inputs))
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -56,7 +57,8 @@ class _Shape:
 
     def _replay(self) -> None:
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
                 self.function(self.copies)
+            self.graph = graph  # not before it is whole
         self.graph.replay()

@@ -23,6 +23,7 @@ from torch import Tensor
 from dpsink.config import SinkhornConfig
 
 NEGLIGIBLE = 1e-30  # a coupling's entry that no sum of pixels can see
+MOST_ELEMENTS = 2**27  # of a GPU's (K, n, m, d) buffer, half a gigabyte
 ANNEALING = 0.5  # factor on the blur from one iteration to the next, geomloss' default
 
 
@@ -192,10 +193,24 @@ def cost_gradient(weights: Tensor, x: Points, y: Points, problem: Problem) -> Te
     if has_squared(problem):
         gradient = (weights.sum(-1, keepdim=True) * x.images).sub_(weights @ y.images).mul_(2)
     if has_absolute(problem):
-        # The kernel behind torch.cdist's backward pass: Σ_j W_ij sign(x_i − y_j), reduced on the fly.
-        signs = torch.ops.aten._cdist_backward(weights, x.images, y.images, 1.0, weights)
+        signs = _sign_sums(weights, x.images, y.images)
         gradient.add_(signs.mul_(_as(problem.l1_weight, signs)))
     return gradient
+
+
+def _sign_sums(weights: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Σ_j W_ij sign(x_i − y_j), ([K,] n, d): the kernel behind torch.cdist's backward pass.
+
+    On a CPU it reduces on the fly. On a GPU it fills an (n, m, d) buffer, so it is given few columns at a time.
+    """
+    backward = torch.ops.aten._cdist_backward
+    if x.device.type == "cpu":
+        return backward(weights, x, y, 1.0, weights)
+    width = max(1, MOST_ELEMENTS // max(1, x.numel()))
+    sums = torch.zeros_like(x)
+    for some, rows in zip(weights.split(width, dim=-1), y.split(width, dim=-2), strict=True):
+        sums.add_(backward(some.contiguous(), x.contiguous(), rows.contiguous(), 1.0, some))
+    return sums
 
 
 def _as(value: float | Tensor, like: Tensor) -> float | Tensor:

@@ -31,24 +31,42 @@ class StackedGenerator:
         self.modules = [copy.deepcopy(template).train() for _ in range(slots)]
         self.buffers = {name: torch.stack([value] * slots) for name, value in template.named_buffers()}
         self.parameters = self._views(template)
+        self._before: dict[str, Tensor] = {}  # the buffers before a vectorised run
         for slot, module in enumerate(self.modules):
             self._bind(module, slot)
 
-    def __call__(self, latents: Tensor, labels: Tensor, occupied: Sequence[object | None]) -> Tensor:
-        """Images (K, B, C, H, W) of latents (K, B, L) and labels (K, B); batch statistics of occupied slots move."""
+    def __call__(self, latents: Tensor, labels: Tensor, occupied: Sequence[bool]) -> Tensor:
+        """Images of all slots.
+
+        Args:
+            latents: (K, B, L).
+            labels: int64, (K, B).
+            occupied: which slots have to be run at all; a vectorised call runs them all.
+
+        Returns:
+            (K, B, C, H, W).
+        """
         if self.vectorised:
-            return self._run_vectorised(latents, labels, occupied)
-        images: list[Tensor | None] = [
-            None if trial is None else module(latents[slot], labels[slot])
-            for slot, (module, trial) in enumerate(zip(self.modules, occupied, strict=True))
+            return self._run_vectorised(latents, labels)
+        images = [
+            module(latents[slot], labels[slot]) if occupied[slot] else None for slot, module in enumerate(self.modules)
         ]
         shape = next(one for one in images if one is not None)
         return torch.stack([torch.zeros_like(shape) if one is None else one for one in images])
 
-    def backward(self, images: Tensor, gradient: Tensor) -> Tensor:
-        """Gradients in the weights, (K, P), from those in the images, (K, B, C, H, W); zero for empty slots."""
+    def backward(self, images: Tensor, gradient: Tensor, updated: Tensor) -> Tensor:
+        """Gradients in the weights from those in the images; ends a step.
+
+        Args:
+            images, gradient: (K, B, C, H, W).
+            updated: bool, (K,), on the device: slots whose batch statistics have moved; the others' are put back.
+
+        Returns:
+            (K, P); zero for slots that were not run.
+        """
         if self.vectorised:
             found = torch.autograd.grad(images, list(self.parameters.values()), gradient)
+            self._put_back(~updated)
             return torch.cat([one.flatten(1) for one in found], dim=1)
         leaves = [parameter for module in self.modules for parameter in module.parameters()]
         found = torch.autograd.grad(images, leaves, gradient, allow_unused=True, materialize_grads=True)
@@ -69,17 +87,20 @@ class StackedGenerator:
         own = (self.weights[slot], *(buffer[slot] for buffer in self.buffers.values()))
         return all(bool(torch.isfinite(value).all()) for value in own)
 
-    def _run_vectorised(self, latents: Tensor, labels: Tensor, occupied: Sequence[object | None]) -> Tensor:
-        keep = {name: buffer.clone() for name, buffer in self.buffers.items()} if None in occupied else {}
+    def _run_vectorised(self, latents: Tensor, labels: Tensor) -> Tensor:
+        self._before = {name: buffer.clone() for name, buffer in self.buffers.items()}
 
         def one(parameters: dict[str, Tensor], buffers: dict[str, Tensor], z: Tensor, label: Tensor) -> Tensor:
             return functional_call(self.modules[0], (parameters, buffers), (z, label))
 
-        images = torch.vmap(one)(self.parameters, self.buffers, latents, labels)
-        for slot in (slot for slot, trial in enumerate(occupied) if trial is None):
-            for name, value in keep.items():
-                self.buffers[name][slot] = value[slot]
-        return images
+        return torch.vmap(one)(self.parameters, self.buffers, latents, labels)
+
+    def _put_back(self, slots: Tensor) -> None:
+        """Undoes the last run's statistics: by a mask and not by a branch, since a recorded step has to serve
+        whatever slots are occupied later; and after the gradient, which still reads them."""
+        for name, buffer in self.buffers.items():
+            rows = slots.reshape(-1, *[1] * (buffer.ndim - 1))
+            buffer.copy_(torch.where(rows, self._before[name], buffer))
 
     def _views(self, template: nn.Module) -> dict[str, Tensor]:
         """The columns of each parameter, in its shape: (K, *shape), sharing the memory of `weights`."""

@@ -222,8 +222,8 @@ def test_vectorised_generators_are_the_generators_one_by_one(slots: int, digits:
     answers = []
     for stack in stacks:
         stack.weights.copy_(weights)
-        images = stack(latents, labels, [object()] * slots)
-        gradient = stack.backward(images, images.detach().sin()).clone()
+        images = stack(latents, labels, [True] * slots)
+        gradient = stack.backward(images, images.detach().sin(), torch.ones(slots, dtype=torch.bool)).clone()
         answers.append((images.detach(), gradient, *stack.buffers.values()))
     for one, other in zip(*answers, strict=True):
         torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-10)
@@ -234,7 +234,9 @@ def test_statistics_of_an_empty_slot_stay_in_a_vectorised_run(digits: ImageData)
     stack = StackedGenerator(template, 2, vectorised=True)
     stack.load(1, template)
     before = {name: value.clone() for name, value in stack.buffers.items()}
-    stack(torch.rand(2, 12, 16), torch.zeros(2, 12, dtype=torch.int64), [None, object()])
+    labels = torch.zeros(2, 12, dtype=torch.int64)
+    images = stack(torch.rand(2, 12, 16), labels, [True, True])
+    stack.backward(images, torch.ones_like(images), torch.tensor([False, True]))
     assert all(torch.equal(stack.buffers[name][0], value[0]) for name, value in before.items())
     assert not torch.equal(stack.buffers["layers.0.running_mean"][1], before["layers.0.running_mean"][1])
 

@@ -118,8 +118,14 @@ def test_vectorised_generators_are_the_generators_one_by_one(kind: str) -> None:
     for vectorised in (False, True):
         stack = StackedGenerator(template, 3, vectorised=vectorised)
         stack.weights.copy_(torch.randn(stack.weights.shape, generator=torch.Generator().manual_seed(1)).double())
-        images = stack(latents, labels, [object()] * 3)
-        answers.append((images.detach(), stack.backward(images, images.detach().sin()), *stack.buffers.values()))
+        images = stack(latents, labels, [True] * 3)
+        answers.append(
+            (
+                images.detach(),
+                stack.backward(images, images.detach().sin(), torch.ones(3, dtype=torch.bool)),
+                *stack.buffers.values(),
+            )
+        )
     for one, other in zip(*answers, strict=True):
         torch.testing.assert_close(one, other, atol=1e-9, rtol=1e-9)
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dpsink.config import Strict, TrialConfig
+from dpsink.disk import sync
 from dpsink.engine import TrialState
 from dpsink.errors import InputError
 from dpsink.generators import build_generator
@@ -168,7 +169,7 @@ def write_atomically(path: Path, text: str) -> None:
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
-    _fsync(path.parent)
+    sync(path.parent)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -188,21 +189,13 @@ def _checkpoints(run: Path) -> list[Path]:
 
 def _replace_folder(draft: Path, final: Path) -> None:
     for path in (*draft.iterdir(), draft):
-        _fsync(path)
+        sync(path)
     if final.exists():  # the same step again: until the new one stands, the old one counts under a lower name
         lower = final.with_name(final.name.replace(PREFIX, f"{PREFIX}-"))
         shutil.rmtree(lower, ignore_errors=True)
         final.rename(lower)
     draft.rename(final)
-    _fsync(final.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)
 
 
 def _optimizer_tensors(state: TrialState) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from dpsink.privacy.mechanism import (
     release_class_means,
     sanitize,
 )
-from dpsink.privacy.noise import gaussian_noise
+from dpsink.privacy.noise import Noise, fresh_noise
 from dpsink.privacy.plan import PrivacyPlan
 from dpsink.privacy.sampling import poisson_batch
 from dpsink.sinkhorn import Points, Problem, StackedProblem, per_slot
@@ -219,6 +219,7 @@ class TrialStack:
         self.generators = StackedGenerator(template, slots)
         self.adam = StackedAdam(self.generators.weights)
         self.trials: list[Trial | None] = [None] * slots
+        self.noises: list[Noise | None] = [None] * slots
         self.alive = torch.ones(slots, dtype=torch.bool, device=self.device)
         self.numbers: _Numbers | None = None
         self._step = StaticStep(self._pure_step, self.device) if performance.captures else self._pure_step
@@ -232,7 +233,7 @@ class TrialStack:
         if structure(trial.config) != self.structure:
             raise ValueError("a trial of another structure needs another stack")
         slot = self.trials.index(None)
-        self.trials[slot] = trial
+        self.trials[slot], self.noises[slot] = trial, fresh_noise(trial.entropy, self.device)
         self.generators.load(slot, trial.state.generator)
         self.adam.moments[:, slot] = trial.state.moments
         self.alive[slot] = True
@@ -241,7 +242,7 @@ class TrialStack:
 
     def leave(self, slot: int) -> None:
         self.update(slot)
-        self.trials[slot] = None
+        self.trials[slot] = self.noises[slot] = None
 
     def update(self, slot: int) -> None:
         trial = self._at(slot)
@@ -314,7 +315,7 @@ class TrialStack:
             labels=self._put(torch.stack([labels for _, labels in public])),
             members=self._put(members),
             present=None if present is None else self._put(present),
-            noise=torch.stack([self._draw_noise(trial) for trial in self.trials]),
+            noise=torch.stack([self._draw_noise(slot) for slot in range(self.slots)]),
             rates=self._put(torch.tensor([_rates(trial) for trial in self.trials], dtype=torch.float64)),
             active=self._put(torch.tensor([trial is not None for trial in self.trials])),
         )
@@ -346,11 +347,12 @@ class TrialStack:
         labels = _draw_labels(self.n, self.num_classes, trial.config.sinkhorn.labels, trial.state.rng)
         return draw_latents(rows, dimension, trial.state.rng), torch.cat([labels, labels[: self.r]])
 
-    def _draw_noise(self, trial: Trial | None) -> Tensor:
+    def _draw_noise(self, slot: int) -> Tensor:
         shape = (self.n, self.images.shape[1])
-        if trial is None:
+        noise = self.noises[slot]
+        if noise is None:
             return torch.zeros(shape, dtype=torch.float64, device=self.device)
-        return gaussian_noise(shape, trial.entropy, self.device)
+        return noise(shape)
 
 
 class ControlStack:

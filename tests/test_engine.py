@@ -167,11 +167,18 @@ def test_performance_changes_neither_epsilon_nor_steps_nor_weights(
     performance: dict[str, Any], digits: ImageData, tmp_path: Path
 ) -> None:
     def outcome(settings: Performance, folder: Path) -> tuple[list[Any], Tensor]:
-        with TrialRun.open(small(), digits, folder, ReplayedEntropy(3)) as run:
+        """Of the first of three trials: one after another, or on as many slots as there are."""
+        runs = [
+            TrialRun.open(small(f"seed={k}", f"optimizer.lr={k + 1}e-3"), digits, folder / str(k), ReplayedEntropy(k))
+            for k in range(3)
+        ]
+        for run in runs:
             run.state.generator.to(torch.float64)
-            told = [report for _, report in train_together([run], performance=settings)]
-            facts = [(report.step, report.charged, report.epsilon, report.status) for report in told]
-            return facts, torch.cat([value.flatten() for value in run.state.generator.state_dict().values()])
+        told = [report for run, report in train_together(runs, performance=settings) if run is runs[0]]
+        for run in runs:
+            run.__exit__()
+        facts = [(report.step, report.charged, report.epsilon, report.status) for report in told]
+        return facts, torch.cat([value.flatten() for value in runs[0].state.generator.state_dict().values()])
 
     threads = torch.get_num_threads()
     plain, changed = DOUBLE, DOUBLE.model_copy(update=performance)

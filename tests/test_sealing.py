@@ -19,6 +19,7 @@ from dpsink.privacy.ledger import Selection
 from tests.test_sweep import (
     Inline,
     folder_of,
+    in_place_of_ray,
     no_judge,
     noisy_trial,
     refused,
@@ -63,15 +64,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Inline]:
-    """Puts a loop in this process in Ray's place."""
-    monkeypatch.setattr("tune.choice.judge", no_judge)
-
-    def place(*faults: BaseException) -> Inline:
-        made = Inline(*faults)
-        monkeypatch.setattr(cluster, "run_on_ray", made)
-        return made
-
-    return place
+    """A loop in this process in Ray's place."""
+    return in_place_of_ray(monkeypatch)
 
 
 def write_sealed(root: Path, name: str, **changes: Any) -> Path:

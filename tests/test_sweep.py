@@ -541,9 +541,8 @@ class Inline:
             searcher.on_trial_complete(str(number))
 
 
-@pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Inline]:
-    """Puts it there."""
+def in_place_of_ray(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Inline]:
+    """Puts it there, and no judge behind it."""
     monkeypatch.setattr("tune.choice.judge", no_judge)
 
     def place(*faults: BaseException) -> Inline:
@@ -552,6 +551,12 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Inline]:
         return made
 
     return place
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Inline]:
+    """A loop in this process in Ray's place."""
+    return in_place_of_ray(monkeypatch)
 
 
 @pytest.fixture

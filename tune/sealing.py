@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dpsink.disk import sync
 from tune.board import SealedBoard
 from tune.choice import judge_once, select_best
 from tune.cluster import TooLarge
@@ -133,7 +134,7 @@ class Unsealing:
         if self.drawn.trial(WINNER).exists():
             self.folder.trial(WINNER).parent.mkdir(exist_ok=True)
             self.drawn.trial(WINNER).rename(self.folder.trial(WINNER))
-            _sync(self.folder.trial(WINNER).parent)
+            sync(self.folder.trial(WINNER).parent)
 
     def conclude(self) -> None:
         """Writes the statement, and that the selection has ended."""
@@ -167,12 +168,4 @@ def _copy_untimed(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=shutil.copyfile, ignore=ignored)
     for path in (*target.rglob("*"), target):
         os.utime(path)
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)

@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from dpsink.datasets.base import Decoded
+from dpsink.disk import cache_folder
 
 log = logging.getLogger("dpsink")
 
@@ -42,7 +43,7 @@ class Entry:
     def path(self, suffix: str = ".npz") -> Path:
         """Its file, and with another suffix a file beside it."""
         digest = hashlib.sha256(repr((_FORMAT, self.key)).encode()).hexdigest()
-        return _folder() / f"{self.name}-{digest[:16]}{suffix}"
+        return cache_folder("data") / f"{self.name}-{digest[:16]}{suffix}"
 
 
 def recall(entry: Entry, decode: Callable[[], Decoded]) -> Decoded:
@@ -60,13 +61,6 @@ def list_bad(place: Path, part: str, lines: Iterable[str]) -> Path | None:
     """Writes what is wrong with which image, mode 0600, into the cache's folder; None where that cannot be written."""
     path = Entry(f"{place.stem}-{part}", (str(place.absolute()), part), "").path(".bad.txt")
     return path if _replace(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode())) else None
-
-
-def _folder() -> Path:
-    configured = os.environ.get("XDG_CACHE_HOME", "")
-    # A relative path is invalid by the XDG specification and is to be ignored.
-    base = Path(configured) if os.path.isabs(configured) else Path.home() / ".cache"
-    return base / "dpsink" / "data"
 
 
 def _read(entry: Entry) -> Decoded | None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from dpsink.data import LabelledImages
+from dpsink.disk import cache_folder
 from dpsink.errors import InputError
 from dpsink.evaluation.classifiers import build_cnn, fit, predict
 
@@ -73,7 +74,7 @@ def classifier_extractor(reference: LabelledImages, *, seed: int = 0) -> Extract
     """
     key = _key(reference, seed)
     if key not in _built:
-        model = _load_or_train(reference, seed, _cache_folder() / f"{key}.safetensors")
+        model = _load_or_train(reference, seed, cache_folder("extractors") / f"{key}.safetensors")
         layers = model[:-1]
         # In units of the features' root mean square: how far training went then does not set FID's scale.
         scale = predict(layers, reference.images).square().mean().sqrt()
@@ -121,10 +122,6 @@ def _key(reference: LabelledImages, seed: int) -> str:
     digest.update(reference.images.numpy().tobytes())
     digest.update(reference.labels.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpsink" / "extractors"
 
 
 def _read_entry(path: Path, model: nn.Module) -> bool:

@@ -23,7 +23,6 @@ import os
 import reprlib
 import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
@@ -34,6 +33,7 @@ from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPriv
 from opacus.accountants.analysis import rdp
 from scipy.optimize import toms748
 
+from dpsink.disk import cache_folder
 from dpsink.errors import InputError
 
 Accountant = Literal["pld", "rdp"]
@@ -723,17 +723,10 @@ def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _folder() -> Path:
-    configured = os.environ.get("XDG_CACHE_HOME", "")
-    # A relative path is invalid by the XDG specification and is to be ignored.
-    base = Path(configured) if os.path.isabs(configured) else Path.home() / ".cache"
-    return base / "dpsink" / "accounting"
-
-
 def _read(question: dict) -> _Value | None:
     """The stored answer to exactly this question, or None: missing, unreadable, damaged, or another's."""
     try:
-        entry = json.loads((_folder() / f"{_digest(question)}.json").read_text())
+        entry = json.loads((cache_folder("accounting") / f"{_digest(question)}.json").read_text())
         # The second digest covers the answer: a flipped digit must not become a budget.
         if entry["question"] != question or entry["digest"] != _digest([question, entry["value"]]):
             return None
@@ -747,7 +740,7 @@ def _write(question: dict, value: _Value) -> None:
     """Store an answer, whole or not at all; a folder that cannot be written only costs time."""
     entry = {"question": question, "value": value, "digest": _digest([question, value])}
     try:
-        folder = _folder()
+        folder = cache_folder("accounting")
         folder.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
         with os.fdopen(descriptor, "w") as file:

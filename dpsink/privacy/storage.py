@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from dpsink.disk import sync
 from dpsink.errors import InputError
 
 GENESIS = "ledger.json"  # the first object: the ledger's random id and its terms
@@ -86,7 +87,7 @@ class FolderStorage:
             os.link(aside, self.folder / name)  # unlike rename, link refuses a name that is taken
         finally:
             aside.unlink(missing_ok=True)
-        _sync_folder(self.folder)
+        sync(self.folder)
 
     def names(self) -> list[str]:
         """See `Storage.names`."""
@@ -128,21 +129,13 @@ def _write_durably(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _make_folder_durably(folder: Path) -> None:
     if not folder.is_dir():
         _make_folder_durably(folder.parent)
         folder.mkdir(exist_ok=True)
     # Also when it was there: an earlier process may have died between its mkdir and its sync.
     if folder != folder.parent:
-        _sync_folder(folder.parent)
+        sync(folder.parent)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dpsink.config import Performance
 from dpsink.engine import StepInputs, TrialStack, bucket
 from dpsink.entropy import OsEntropy
 from dpsink.graphs import StaticStep
-from dpsink.privacy.noise import gaussian_noise
+from dpsink.privacy.noise import fresh_noise
 from experiments.bench.agreement import our_gradients, random_case
 from experiments.bench.harness import Measurement, Row
 from experiments.bench.subjects import PAPER, RECORD, Setting, stack_of
@@ -118,7 +118,7 @@ def _six_deviations(batch: int) -> tuple[int, int]:
 def noise_is_normal(device: str, draws: int) -> list[Row]:
     """Standard deviation, Kolmogorov-Smirnov distance and tail of the mechanism's noise."""
     entropy = OsEntropy()
-    sample = gaussian_noise((10**6,), entropy, device)
+    sample = fresh_noise(entropy, device)((10**6,))
     rows = [
         # Five and 1.95 standard errors: a false alarm in a million, and in a thousand.
         _verdict("noise, standard deviation", float(sample.std()), 1 - 5 / math.sqrt(2e6), 1 + 5 / math.sqrt(2e6)),
@@ -127,7 +127,8 @@ def noise_is_normal(device: str, draws: int) -> list[Row]:
     what, expected = f"noise, draws beyond {TAIL} of {draws:.0e}", draws * TAIL_PROBABILITY
     if expected < 10:
         return [*rows, Row("checks", what, {})]
-    chunks = (gaussian_noise((CHUNK,), entropy, device) for _ in range(draws // CHUNK))
+    noise = fresh_noise(entropy, device)
+    chunks = (noise((CHUNK,)) for _ in range(draws // CHUNK))
     beyond, spread = sum(int((chunk.abs() > TAIL).sum()) for chunk in chunks), 5 * math.sqrt(expected)
     return [*rows, _verdict(what, beyond, expected - spread, expected + spread)]
 

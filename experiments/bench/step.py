@@ -163,7 +163,7 @@ def _parts(quick: bool) -> list[Measurement]:
 
 def _parts_of(setting: Setting) -> dict[str, Callable[[], object]]:
     stack = stack_of(setting)
-    (trial,), inputs, numbers = stack.trials, stack._draw(), stack.numbers
+    inputs, numbers = stack._draw(), stack.numbers
     assert numbers is not None
     flat = stack.generators(inputs.latents, inputs.labels, [True] * stack.slots).detach().flatten(2)
     x, x_tilde = (Points(flat[:, rows], inputs.labels[:, rows]) for rows in (slice(stack.n), slice(stack.n, None)))
@@ -177,7 +177,7 @@ def _parts_of(setting: Setting) -> dict[str, Callable[[], object]]:
         return stack.generators.backward(images, images.detach(), inputs.active)
 
     return {
-        "whole": stack.step, "all draws": stack._draw, "noise": lambda: stack._draw_noise(trial),
+        "whole": stack.step, "all draws": stack._draw, "noise": lambda: stack._draw_noise(0),
         "forward": generate, "forward + backward": learn,
         "public OT": lambda: Generated.of(x, x_tilde, numbers.problem),
         "private query": lambda: numbers.mechanism.query(generated, stack._members(inputs)),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dpsink.engine import Trial, TrialStack
+from dpsink.engine import TrialStack
 from dpsink.privacy.mechanism import Generated, RecordMechanism, sanitize_records
 from dpsink.sinkhorn import Points, cost_gradient, pairwise_cost, regularisation
 
@@ -29,5 +29,5 @@ class UnprotectedStack(TrialStack):
         assert numbers is not None and isinstance(numbers.mechanism, RecordMechanism)
         self.numbers = replace(numbers, mechanism=Unclipped(**vars(numbers.mechanism)))
 
-    def _draw_noise(self, trial: Trial | None) -> Tensor:
+    def _draw_noise(self, slot: int) -> Tensor:
         return torch.zeros(()).expand(self.n, self.images.shape[1])

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from analysis.runs import Row, Runs, fetch_artifact, metrics_of
-from dpsink.checkpoint import CheckpointState, latest_checkpoint, load_generator, read_json
+from dpsink.checkpoint import load_generator
 from dpsink.config import config_sha256, dump_config
 from dpsink.errors import InputError
+from dpsink.records import CheckpointState, latest_checkpoint, read_json
 from tune import schema
 
 CARD = "card.json"

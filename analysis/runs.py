@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from dpsink.checkpoint import read_json
 from dpsink.config import nearest, read_yaml
 from dpsink.errors import InputError
 from dpsink.privacy.plan import NON_PRIVATE
+from dpsink.records import read_json
 from tune import schema
 
 if TYPE_CHECKING:  # its import takes seconds

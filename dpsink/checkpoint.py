@@ -7,58 +7,21 @@ RUN/result.json             written once, when the trial has ended
 RUN/statement.json          the privacy statement of the study that the trial belongs to, if any
 """
 
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dpsink.config import Strict, TrialConfig
 from dpsink.disk import sync
 from dpsink.engine import TrialState
 from dpsink.errors import InputError
 from dpsink.generators import build_generator
 from dpsink.privacy.release import check_checkpoint, check_files
-
-PREFIX = "checkpoint-"
-STATEMENT = "statement.json"
-
-
-class Report(Strict):
-    """What a trial tells at an evaluation point: functions of the private generator and of public data only.
-
-    `budget_fraction` is charged steps over the steps allowed, the time axis that trials have in common.
-    """
-
-    step: int
-    charged: int
-    epsilon: float
-    budget_fraction: float
-    steps_per_second: float
-    status: str
-    metrics: dict[str, float] = Field(default_factory=dict)
-
-
-class CheckpointState(Strict):
-    """The JSON part of a checkpoint."""
-
-    format: Literal[2] = 2
-    config: TrialConfig
-    plan: dict[str, Any]
-    image_shape: tuple[int, int, int]
-    num_classes: int = Field(ge=1)
-    data_fingerprint: str
-    step: int = Field(ge=0)
-    seconds: float = 0.0
-    witness: dict[str, Any] = Field(default_factory=dict, description="the ledger as this checkpoint saw it")
-    score_witness: dict[str, Any] | None = Field(default=None, description="the same of the scores' ledger")
-    reports: tuple[Report, ...] = ()
+from dpsink.records import PREFIX, CheckpointState, checkpoints, latest_checkpoint, read_state
 
 
 def save_checkpoint(run: Path, description: CheckpointState, state: TrialState, grid: bytes) -> Path:
@@ -78,35 +41,10 @@ def save_checkpoint(run: Path, description: CheckpointState, state: TrialState, 
     (draft / "samples.png").write_bytes(grid)
     check_files(path.name for path in draft.iterdir())
     _replace_folder(draft, final)
-    for old in _checkpoints(run):
+    for old in checkpoints(run):
         if old != final:
             shutil.rmtree(old, ignore_errors=True)
     return final
-
-
-def latest_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint folder of a run, None before the first."""
-    return max(_checkpoints(run), default=None)
-
-
-def read_state(checkpoint: Path) -> CheckpointState:
-    """The JSON part of a checkpoint.
-
-    Raises:
-        InputError: missing, unreadable, or of another format.
-    """
-    path = checkpoint / "state.json"
-    try:
-        return CheckpointState.model_validate_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{checkpoint}: holds no checkpoint (no state.json); give the folder of a run") from None
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        message = f"{where}: {first['msg']}" if where else first["msg"]
-        raise InputError(f"{path}: not a checkpoint of this version: {message}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
 
 
 def restore_state(checkpoint: Path, state: TrialState) -> None:
@@ -155,36 +93,6 @@ def load_generator(place: Path) -> tuple[nn.Module, CheckpointState]:
     generator = build_generator(description.config, description.image_shape, description.num_classes)
     load_weights(checkpoint, generator)
     return generator.eval(), description
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a text file whole, durably."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that this package wrote."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: must hold a JSON object, not a {type(content).__name__}; it was edited")
-    return content
-
-
-def _checkpoints(run: Path) -> list[Path]:
-    return sorted(path for path in run.glob(f"{PREFIX}*") if path.is_dir())
 
 
 def _replace_folder(draft: Path, final: Path) -> None:

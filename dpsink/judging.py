@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from dpsink.checkpoint import STATEMENT, CheckpointState, load_generator, read_json
+from dpsink.checkpoint import load_generator
 from dpsink.data import ImageData, load_dataset
 from dpsink.errors import InputError
 from dpsink.evaluation import build_extractor, evaluate, inception_extractor
 from dpsink.privacy.ledger import trial_statement
 from dpsink.privacy.plan import NON_PRIVATE, PrivacyPlan
+from dpsink.records import STATEMENT, CheckpointState, read_json
 from dpsink.synthesis import balanced_labels, generate
 
 

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dpsink.checkpoint import CheckpointState, write_atomically
 from dpsink.data import LabelledImages, to_uint8
 from dpsink.generators import draw_latents
+from dpsink.records import CheckpointState, write_atomically
 
 BATCH = 500  # images per forward pass
 GRID_COLUMNS = 10

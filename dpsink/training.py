@@ -17,16 +17,7 @@ from pathlib import Path
 import torch
 from pydantic import ValidationError
 
-from dpsink.checkpoint import (
-    CheckpointState,
-    Report,
-    latest_checkpoint,
-    read_json,
-    read_state,
-    restore_state,
-    save_checkpoint,
-    write_atomically,
-)
+from dpsink.checkpoint import restore_state, save_checkpoint
 from dpsink.config import Performance, TrialConfig, config_sha256, dump_config
 from dpsink.data import ImageData, LabelledImages
 from dpsink.engine import Stack, Trial, TrialState, initial_state, open_stack
@@ -37,6 +28,7 @@ from dpsink.privacy.budget import TrialBudget
 from dpsink.privacy.mechanism import release_counts
 from dpsink.privacy.plan import PrivacyPlan, delta_warning, derive_plan
 from dpsink.privacy.release import check_report
+from dpsink.records import CheckpointState, Report, latest_checkpoint, read_json, read_state, write_atomically
 from dpsink.synthesis import balanced_labels, generate, sample_grid
 
 log = logging.getLogger("dpsink")

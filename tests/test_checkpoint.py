@@ -10,22 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpsink.checkpoint import (
-    CheckpointState,
-    latest_checkpoint,
-    load_generator,
-    read_json,
-    read_state,
-    restore_state,
-    save_checkpoint,
-    write_atomically,
-)
+from dpsink.checkpoint import load_generator, restore_state, save_checkpoint
 from dpsink.config import Performance, TrialConfig, load_config
 from dpsink.data import ImageData, LabelledImages
 from dpsink.engine import Trial, TrialStack, TrialState, initial_state
 from dpsink.errors import InputError
 from dpsink.generators import draw_latents
 from dpsink.privacy.plan import PrivacyPlan
+from dpsink.records import CheckpointState, latest_checkpoint, read_json, read_state, write_atomically
 from dpsink.training import train
 from tests.conftest import ReplayedEntropy
 

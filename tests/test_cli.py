@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from dpsink import cli, console
-from dpsink.checkpoint import latest_checkpoint, load_generator, read_state
+from dpsink.checkpoint import load_generator
 from dpsink.config import load_config
 from dpsink.privacy.budget import charged_steps
+from dpsink.records import latest_checkpoint, read_state
 from dpsink.training import read_result
 from dpsink.training import train as run_training
 

@@ -18,12 +18,13 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets as torchvision_sets
 
-from dpsink.checkpoint import latest_checkpoint, load_generator, read_state
+from dpsink.checkpoint import load_generator
 from dpsink.config import DataConfig, load_config
 from dpsink.data import ImageData, load_dataset, private_records
 from dpsink.datasets import DATASETS, celeba, files
 from dpsink.errors import InputError
 from dpsink.judging import judge
+from dpsink.records import latest_checkpoint, read_state
 from dpsink.synthesis import synthesize
 from dpsink.training import train as run_training
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpsink.checkpoint import CheckpointState, Report, save_checkpoint
+from dpsink.checkpoint import save_checkpoint
 from dpsink.config import Performance, TrialConfig, flatten, load_config
 from dpsink.data import ImageData
 from dpsink.engine import Trial, TrialStack, initial_state
@@ -24,6 +24,7 @@ from dpsink.privacy.release import (
     check_metrics,
     check_report,
 )
+from dpsink.records import CheckpointState, Report
 from dpsink.training import worst_metrics
 from tune import schema
 

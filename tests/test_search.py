@@ -15,7 +15,7 @@ import torch
 from optuna.trial import TrialState as Told
 from ray.tune.search import Searcher
 
-from dpsink.checkpoint import CheckpointState, Report, save_checkpoint
+from dpsink.checkpoint import save_checkpoint
 from dpsink.config import TrialConfig
 from dpsink.data import ImageData
 from dpsink.engine import TrialState
@@ -24,6 +24,7 @@ from dpsink.generators import build_generator
 from dpsink.privacy.budget import TrialBudget
 from dpsink.privacy.ledger import Selection, planned_epsilon
 from dpsink.privacy.plan import derive_plan
+from dpsink.records import CheckpointState, Report
 from dpsink.synthesis import sample_grid
 from dpsink.training import train
 from tune import search

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dpsink.checkpoint import CheckpointState
 from dpsink.config import ClassMeanConfig, ConvCondConfig, TrialConfig, load_config
 from dpsink.generators import ClassMean, ConvCond
 from dpsink.judging import privacy_card, privacy_line
 from dpsink.privacy.accounting import epsilon
+from dpsink.records import CheckpointState
 from dpsink.synthesis import balanced_labels, encode_png, generate, sample_grid, synthesize, tile
 
 SHAPE = (1, 8, 8)

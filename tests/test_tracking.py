@@ -19,12 +19,13 @@ from typing import Any
 import pytest
 import torch
 
-from dpsink.checkpoint import CheckpointState, Report, save_checkpoint
+from dpsink.checkpoint import save_checkpoint
 from dpsink.config import TrialConfig, config_sha256, flatten, load_config
 from dpsink.engine import TrialState
 from dpsink.errors import InputError
 from dpsink.generators import build_generator
 from dpsink.privacy.plan import NON_PRIVATE, PrivacyPlan
+from dpsink.records import CheckpointState, Report
 from dpsink.synthesis import sample_grid
 from tune import schema, tracking
 from tune.folder import StudyFolder, StudyRecord, TrialEnd, TrialRecord
@@ -349,7 +350,7 @@ def test_a_poke_never_waits_for_mlflow(study: StudyFolder, monkeypatch: pytest.M
     for _ in range(1000):
         tracker.poke("one")
     elapsed = time.perf_counter() - started
-    tracker.close(timeout=0.01)
+    tracker.close(patience=0.01)
     hang.set()
     assert elapsed < 0.5
 
@@ -395,7 +396,7 @@ def test_close_gives_up_in_time_and_says_what_to_do(
     Outage(monkeypatch)
     tracker = MLflowTracker(study.read_study().tracking_uri, study)
     started = time.perf_counter()
-    assert not tracker.close(timeout=0.2)
+    assert not tracker.close(patience=0.2)
     assert time.perf_counter() - started < 1
     assert "dpsink-tune track" in log_lines[-1]
 
@@ -411,7 +412,7 @@ def test_one_bad_trial_does_not_hold_up_the_others(study: StudyFolder, monkeypat
 
     monkeypatch.setattr(Mirror, "trial", refuse_one)
     monkeypatch.setattr(tracking, "FIRST_PAUSE", 0.01)
-    assert not MLflowTracker(uri, study).close(timeout=3)
+    assert not MLflowTracker(uri, study).close(patience=3)
     assert only_run(study).data.tags[schema.TRIAL_ID_TAG] == "two"
 
 

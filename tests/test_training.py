@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpsink.checkpoint import latest_checkpoint, load_generator, read_state
+from dpsink.checkpoint import load_generator
 from dpsink.config import Performance, TrialConfig, load_config
 from dpsink.data import ImageData, load_dataset
 from dpsink.engine import Trial, TrialStack, initial_state, learning_rate
 from dpsink.errors import InputError
 from dpsink.privacy.budget import charged_steps
 from dpsink.privacy.plan import PrivacyPlan, derive_plan
+from dpsink.records import latest_checkpoint, read_state
 from dpsink.training import Report, read_result, train
 from tests.conftest import ReplayedEntropy
 

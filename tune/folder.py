@@ -16,14 +16,15 @@ look into, until `tune.sealing` has taken the winner out of it and written STUDY
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from dpsink.checkpoint import STATEMENT, Report, latest_checkpoint, read_json, read_state, write_atomically
 from dpsink.config import Model, Strict, TrialConfig
 from dpsink.errors import InputError
+from dpsink.records import STATEMENT, Report, latest_checkpoint, read_json, read_state, write_atomically
 from tune import schema
 
 WITNESS = "witness.json"
@@ -72,10 +73,14 @@ class TrialEnd(Strict):
 
 
 class StudyFolder:
-    """Reads and writes a study folder; every write is atomic."""
+    """Reads and writes a study folder; every write is atomic.
+
+    A trial's record never changes, so it is read once; all else is read when it is asked for.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._records: dict[str, TrialRecord] = {}
 
     @property
     def exists(self) -> bool:
@@ -120,14 +125,23 @@ class StudyFolder:
         folder = self.trial(record.name)
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / "trial.json", record.model_dump_json(indent=1))
+        self._records[record.name] = record
 
     def trials(self) -> list[TrialRecord]:
         """All recorded trials, in the order of their names."""
-        return [_read(TrialRecord, path) for path in sorted(self.path.glob("trials/*/trial.json"))]
+        place = self.path / "trials"
+        names = sorted(os.listdir(place)) if place.exists() else []
+        return [self.read_trial(name) for name in names if self._recorded(name)]
 
     def read_trial(self, name: str) -> TrialRecord:
         """One trial's record."""
-        return _read(TrialRecord, self.trial(name) / "trial.json")
+        if name not in self._records:
+            self._records[name] = _read(TrialRecord, self.trial(name) / "trial.json")
+        return self._records[name]
+
+    def _recorded(self, name: str) -> bool:
+        """Whether a folder among the trials is one: a driver may have died between making and filling it."""
+        return name in self._records or (self.trial(name) / "trial.json").exists()
 
     def end_trial(self, name: str, end: TrialEnd) -> None:
         """Records how a trial ended."""
@@ -180,11 +194,13 @@ class StudyFolder:
         return (self.path / SELECTION).exists()
 
     def write_statement(self, statement: dict[str, Any]) -> None:
-        """Records the ledger's present statement, for the study and beside every generator that came of it."""
-        text = json.dumps(statement, indent=1, default=str)
-        runs = [self.run(trial.name) for trial in self.trials()]
-        for place in (self.path, *(run for run in runs if run.exists())):
-            write_atomically(place / STATEMENT, text)
+        """Records the ledger's present statement."""
+        write_atomically(self.path / STATEMENT, json.dumps(statement, indent=1, default=str))
+
+    def copy_statement(self, name: str) -> None:
+        """Puts the study's statement beside a trial's generator, or where that will be."""
+        self.run(name).mkdir(parents=True, exist_ok=True)
+        write_atomically(self.run(name) / STATEMENT, (self.path / STATEMENT).read_text(encoding="utf-8"))
 
     def statement(self) -> dict[str, Any]:
         """The ledger's last written statement, empty before the first."""

@@ -57,12 +57,17 @@ class SealedSession(Session):
         self.work.write_witness(self.accounts.witness())
 
     def _conclude(self) -> None:
-        Unsealing(self.folder, self.study.objective, self._judge, self.write_statement).run()
+        Unsealing(self.folder, self.study.objective, self._judge, self._tell).run()
         if self.folder.trials():
             self.tracker.poke(WINNER)
 
     def _judge(self, drawn: StudyFolder) -> None:
         judge_once(self.study, drawn, drawn.read_trial(WINNER), self.data_root)
+
+    def _tell(self) -> None:
+        self.write_statement()
+        if self.folder.trial(WINNER).exists():
+            self.folder.copy_statement(WINNER)
 
     def _crashed(self, error: str) -> None:
         """Ray's words would name trials."""

@@ -1,6 +1,7 @@
 """One session of a study: the searcher, the board and the tracker around Ray."""
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from tune.tracking import MLflowTracker
 log = logging.getLogger("dpsink")
 
 SESSIONS = 3  # how often Ray may fall over as a whole before a person is asked
+READING_SHARE = 0.05  # of the session's time, at most, that goes into reading what was spent
+HURRY, PATIENCE = 3.0, 30.0  # seconds that MLflow may take without progress when a person, or nobody, is waiting
 
 
 class Session:
@@ -39,6 +42,7 @@ class Session:
     ) -> None:
         self.study, self.folder, self.plan, self.accounts, self.data_root = study, folder, plan, accounts, data_root
         self.finished = self.interrupted = False
+        self._next_reading = 0.0
         self.problem = "Ray fell over"
         self.work = self._make_work()  # where trials are recorded and run
         self.board: Any = self._make_board()
@@ -58,8 +62,11 @@ class Session:
     def close(self) -> dict[str, Any]:
         """Writes the statement and closes the books, however the session ended."""
         statement = self.write_statement()
+        for trial in self.folder.trials() if self.finished else ():
+            self.folder.copy_statement(trial.name)
         self.tracker.poke()
-        self.tracker.close(study="completed" if self.finished else "interrupted")
+        state = "completed" if self.finished else "interrupted"
+        self.tracker.close(study=state, patience=HURRY if self.interrupted else PATIENCE)
         return statement
 
     def progressed(self, name: str, values: dict[str, Any]) -> None:
@@ -80,8 +87,10 @@ class Session:
         """A trial is about to start, or has ended."""
         self.work.write_witness(self.accounts.witness())
         end = self.folder.end_of(name)
-        if end:  # not at each start as well: composing costs that are fixed takes a second
-            self._show_spent(self.accounts.spent())
+        if end:
+            self._read_spent()
+        else:  # the claim is the same at the study's end, when the reading in it is brought up to date
+            self.folder.copy_statement(name)
         self.board.show(self.folder.read_trial(name), end.state if end else "running", self._values(name))
         self.tracker.poke(name)
 
@@ -138,6 +147,14 @@ class Session:
         for record in self.folder.trials():
             if end := self.folder.end_of(record.name):
                 self.board.restore(record, end.state, self._values(record.name))
+
+    def _read_spent(self) -> None:
+        """Shows what was spent, unless reading it, which may take seconds, would hold up the study."""
+        if (started := time.monotonic()) < self._next_reading:
+            return
+        self._show_spent(self.accounts.spent())
+        taken = time.monotonic() - started
+        self._next_reading = time.monotonic() + taken / READING_SHARE
 
     def _values(self, name: str) -> dict[str, float]:
         """What a trial told last."""

@@ -16,15 +16,16 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpsink.checkpoint import CheckpointState, Report, latest_checkpoint, read_state
 from dpsink.config import config_sha256, dump_config, flatten
 from dpsink.errors import InputError
 from dpsink.privacy.accounting import accountant_version
 from dpsink.privacy.plan import NON_PRIVATE
+from dpsink.records import CheckpointState, Report, latest_checkpoint, read_state
 from tune import schema
 from tune.folder import StudyFolder, TrialEnd, TrialRecord
 
@@ -36,6 +37,7 @@ log = logging.getLogger("dpsink.tracking")
 
 CHECK_SECONDS = 5  # that a tracking server may take to answer before a study starts
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 15.0  # seconds between attempts during an outage
+PAGE = 200  # runs asked for at once
 LARGEST_GRID = 100 * 1024  # bytes; more would make the runs table slow
 
 
@@ -91,12 +93,39 @@ def rebuild(folder: StudyFolder, uri: str | None = None, *, unfinished: schema.S
     return len(trials)
 
 
+@dataclass
+class Shown:
+    """What MLflow holds of a run: asked once, and kept up by the only writer."""
+
+    run_id: str
+    status: str
+    params: set[str]  # names; their values never change
+    tags: dict[str, str]
+    metrics: dict[str, float]  # the latest values
+    steps: set[int] | None = None  # of its reports; None before they were asked for
+
+    @classmethod
+    def of(cls, run: "Run") -> "Shown":
+        """A run as MLflow gave it."""
+        return cls(run.info.run_id, run.info.status, set(run.data.params), dict(run.data.tags), dict(run.data.metrics))
+
+    @property
+    def state(self) -> Any:
+        """The state that it shows; None before the first."""
+        return self.tags.get(schema.STATUS_TAG)
+
+
 class Mirror:
-    """One study folder and its runs in MLflow. Every method may be repeated: then it changes nothing."""
+    """One study folder and its runs in MLflow. Every method may be repeated: then it changes nothing.
+
+    What it knows of MLflow is right as long as nobody else writes the study's runs and no call has failed; after a
+    failure make a new one.
+    """
 
     def __init__(self, client: "MlflowClient", folder: StudyFolder) -> None:
         self.client, self.folder = client, folder
         self.record = folder.read_study()
+        self._runs: dict[str | None, Shown] = {}  # by trial, of those that have not ended; None is the study's
 
     def study(self, state: schema.State | None) -> None:
         """The parent run: what the study is, and its ledger's statement.
@@ -104,10 +133,10 @@ class Mirror:
         Args:
             state: None leaves it as MLflow shows it.
         """
-        run = self._find(schema.KIND_STUDY) or self._create_study()
+        run = self._study
         self._describe_study(run)
         self._log_statement(run)
-        self._set_state(run, TrialEnd(state=state or _shown_state(run) or self.study_state()), time.time())
+        self._set_state(run, TrialEnd(state=state or run.state or self.study_state()), time.time())
 
     def trial(self, name: str, state: schema.State | None) -> None:
         """A child run: settings, reports, samples, metrics on the test split, and its state.
@@ -118,7 +147,7 @@ class Mirror:
         record, end = self.folder.read_trial(name), self.folder.end_of(name)
         checkpoint = latest_checkpoint(self.folder.run(name))
         saved = read_state(checkpoint) if checkpoint else None
-        run = self._find(schema.KIND_TRIAL, name) or self._create_trial(record)
+        run = self._runs.setdefault(name, self._runs.get(name) or self._find_trial(record))
         self._describe_trial(run, record, saved)
         self._log_reports(run, saved.reports if saved else ())
         self._log_test(run, name, saved.step if saved else 0)
@@ -126,8 +155,10 @@ class Mirror:
             self._log_grid(run, checkpoint / schema.GRID_ARTIFACT)
         if end:
             self._log_config(run, record)
-        told = end or TrialEnd(state=state or _shown_state(run) or ("interrupted" if saved else "pending"))
+        told = end or TrialEnd(state=state or run.state or ("interrupted" if saved else "pending"))
         self._set_state(run, told, _modified(self.folder.trial(name) / "end.json") if end else time.time())
+        if end:  # seldom needed again: memory stays flat
+            del self._runs[name]
 
     @cached_property
     def _experiment(self) -> str:
@@ -141,33 +172,50 @@ class Mirror:
         return found.experiment_id
 
     @cached_property
-    def _parent(self) -> str:
-        return (self._find(schema.KIND_STUDY) or self._create_study()).info.run_id
-
-    def _find(self, kind: str, trial: str | None = None) -> "Run | None":
-        wanted = self._identity(kind, trial)
-        query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in wanted.items())
-        found = self.client.search_runs([self._experiment], query, max_results=1)
-        return found[0] if found else None
-
-    def _identity(self, kind: str, trial: str | None = None) -> dict[str, str]:
-        """The tags by which a run is found again."""
-        tags = {schema.KIND_TAG: kind, schema.STUDY_ID_TAG: self.record.study_id}
-        return tags | ({schema.TRIAL_ID_TAG: trial} if trial else {})
-
-    def _create_study(self) -> "Run":
+    def _study(self) -> Shown:
+        tags = self._identity(schema.KIND_STUDY)
         started = _modified(self.folder.path / "study.json")
-        return self._create(self._identity(schema.KIND_STUDY), self.record.name, self.record.target_epsilon, started)
+        return self._find(tags) or self._create(tags, {}, self.record.name, self.record.target_epsilon, started)
 
-    def _create_trial(self, record: TrialRecord) -> "Run":
-        tags = self._identity(schema.KIND_TRIAL, record.name) | {schema.PARENT_TAG: self._parent}
-        started = _modified(self.folder.trial(record.name) / "trial.json")
-        return self._create(tags, record.name, record.config.privacy.target_epsilon, started)
+    @cached_property
+    def _found(self) -> dict[str, Shown]:
+        """The runs that earlier sessions left, by trial, asked for at once: one by one they take minutes."""
+        found: dict[str, Shown] = {}
+        token = None
+        while token != "":
+            query = _query(self._identity(schema.KIND_TRIAL))
+            page = self.client.search_runs([self._experiment], query, max_results=PAGE, page_token=token)
+            found |= {run.data.tags[schema.TRIAL_ID_TAG]: Shown.of(run) for run in page}
+            token = page.token or ""
+        return found
 
-    def _create(self, tags: dict[str, str], name: str, target_epsilon: float, started: float) -> "Run":
+    def _find_trial(self, record: TrialRecord) -> Shown:
+        """A trial's run, made where there is none."""
+        if found := self._found.pop(record.name, None):
+            return found
+        tags = self._identity(schema.KIND_TRIAL) | {schema.TRIAL_ID_TAG: record.name}
+        started, parent = (
+            _modified(self.folder.trial(record.name) / "trial.json"),
+            {schema.PARENT_TAG: self._study.run_id},
+        )
+        target = record.config.privacy.target_epsilon
+        return self._find(tags) or self._create(tags, parent, record.name, target, started)
+
+    def _identity(self, kind: str) -> dict[str, str]:
+        """The tags by which a run is found again."""
+        return {schema.KIND_TAG: kind, schema.STUDY_ID_TAG: self.record.study_id}
+
+    def _find(self, identity: Mapping[str, str]) -> Shown | None:
+        found = self.client.search_runs([self._experiment], _query(identity), max_results=1)
+        return Shown.of(found[0]) if found else None
+
+    def _create(
+        self, identity: Mapping[str, str], tags: Mapping[str, str], name: str, target_epsilon: float, started: float
+    ) -> Shown:
         name = name if math.isfinite(target_epsilon) else f"{name} ({NON_PRIVATE})"
         start = _milliseconds(started)
-        return self.client.create_run(self._experiment, start_time=start, tags=tags, run_name=name)
+        run = self.client.create_run(self._experiment, start_time=start, tags={**identity, **tags}, run_name=name)
+        return replace(Shown.of(run), steps=set())
 
     def study_state(self) -> schema.State:
         """The state of a study at which nobody works, as far as its folder tells."""
@@ -175,7 +223,7 @@ class Mirror:
         ended = all(self.folder.end_of(trial.name) for trial in trials)
         return "completed" if self.folder.selected or (trials and ended) else "interrupted"
 
-    def _describe_study(self, run: "Run") -> None:
+    def _describe_study(self, run: Shown) -> None:
         facts = flatten(self.record)
         del facts["tracking_uri"]  # may hold a password
         tags = {
@@ -187,7 +235,7 @@ class Mirror:
         }
         self._log(run, {f"{schema.STUDY_PARAM}{name}": value for name, value in facts.items()}, tags)
 
-    def _describe_trial(self, run: "Run", record: TrialRecord, saved: CheckpointState | None) -> None:
+    def _describe_trial(self, run: Shown, record: TrialRecord, saved: CheckpointState | None) -> None:
         # What the checkpoint says it was trained on, rather than what the study meant it to be.
         fingerprint = saved.data_fingerprint if saved else self.record.data_fingerprint
         images = self.record.extractor.partition("@")[2]
@@ -209,83 +257,87 @@ class Mirror:
         }
         self._log(run, params, tags)
 
-    def _log(self, run: "Run", params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    def _log(self, run: Shown, params: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         """Params that the run has not and tags that differ; params of MLflow never change."""
         from mlflow.entities import Param, RunTag
 
-        known = run.data
-        new_params = [Param(name, str(value)) for name, value in params.items() if name not in known.params]
-        new_tags = [RunTag(name, value) for name, value in tags.items() if known.tags.get(name) != value]
+        new_params = [Param(name, str(value)) for name, value in params.items() if name not in run.params]
+        new_tags = [RunTag(name, value) for name, value in tags.items() if run.tags.get(name) != value]
         if new_params or new_tags:
-            self.client.log_batch(run.info.run_id, params=new_params, tags=new_tags)
+            self.client.log_batch(run.run_id, params=new_params, tags=new_tags)
+            run.params.update(params)
+            run.tags.update(tags)
 
-    def _log_reports(self, run: "Run", reports: tuple[Report, ...]) -> None:
+    def _log_reports(self, run: Shown, reports: tuple[Report, ...]) -> None:
         """One batch per report, for the steps that are not there yet."""
-        if not reports:
-            return
-        history = self.client.get_metric_history(run.info.run_id, schema.BUDGET_FRACTION)
-        logged = {point.step for point in history}
+        if not reports or run.metrics.get(schema.BUDGET_FRACTION) == reports[-1].budget_fraction:
+            return  # the last one is there, and so are those before it
+        if run.steps is None:
+            history = self.client.get_metric_history(run.run_id, schema.BUDGET_FRACTION)
+            run.steps = {point.step for point in history}
         for report in reports:
-            if report.step not in logged:
+            if report.step not in run.steps:
                 values = report.metrics | {
                     schema.EPSILON: report.epsilon,
                     schema.BUDGET_FRACTION: report.budget_fraction,
                     schema.SPEED: report.steps_per_second,
                 }
                 self._log_metrics(run, values, report.step)
+                run.steps.add(report.step)
 
-    def _log_test(self, run: "Run", name: str, step: int) -> None:
+    def _log_test(self, run: Shown, name: str, step: int) -> None:
         told = {schema.TEST_PREFIX + key: value for key, value in self.folder.test_metrics(name).items()}
-        known = run.data.metrics
-        self._log_metrics(run, {key: value for key, value in told.items() if known.get(key) != value}, step)
+        self._log_metrics(run, {key: value for key, value in told.items() if run.metrics.get(key) != value}, step)
 
-    def _log_metrics(self, run: "Run", values: Mapping[str, float], step: int) -> None:
+    def _log_metrics(self, run: Shown, values: Mapping[str, float], step: int) -> None:
         """Finite values only: MLflow stores infinity, the ε of a run without privacy, as a number."""
         from mlflow.entities import Metric
 
         now = _milliseconds(time.time())
         points = [Metric(name, value, now, step) for name, value in values.items() if math.isfinite(value)]
         if points:
-            self.client.log_batch(run.info.run_id, metrics=points)
+            self.client.log_batch(run.run_id, metrics=points)
+            run.metrics.update({point.key: point.value for point in points})
 
-    def _log_grid(self, run: "Run", picture: Path) -> None:
+    def _log_grid(self, run: Shown, picture: Path) -> None:
         content = picture.read_bytes()
         digest = hashlib.sha256(content).hexdigest()[:16]
-        if run.data.tags.get(schema.GRID_TAG) == digest:
+        if run.tags.get(schema.GRID_TAG) == digest:
             return
         if len(content) <= LARGEST_GRID:
-            self.client.log_artifact(run.info.run_id, str(picture))
+            self.client.log_artifact(run.run_id, str(picture))
         else:
             log.warning("%s is above %d KiB and stays out of MLflow", picture, LARGEST_GRID // 1024)
-        self.client.set_tag(run.info.run_id, schema.GRID_TAG, digest)
+        self._log(run, {}, {schema.GRID_TAG: digest})
 
-    def _log_config(self, run: "Run", record: TrialRecord) -> None:
-        if _shown_state(run) not in schema.ENDED:
-            self.client.log_text(run.info.run_id, dump_config(record.config), schema.CONFIG_ARTIFACT)
+    def _log_config(self, run: Shown, record: TrialRecord) -> None:
+        if run.state not in schema.ENDED:
+            self.client.log_text(run.run_id, dump_config(record.config), schema.CONFIG_ARTIFACT)
 
-    def _log_statement(self, run: "Run") -> None:
+    def _log_statement(self, run: Shown) -> None:
         """Whole as an artifact; its single values, without the lists of conditions, as a tag."""
         statement = self.folder.statement()
         single = {key: value for key, value in statement.items() if not isinstance(value, list | dict)}
         short = json.dumps(single)
-        if statement and run.data.tags.get(schema.STATEMENT_TAG) != short:
+        if statement and run.tags.get(schema.STATEMENT_TAG) != short:
             whole = json.dumps(statement, indent=1)
-            self.client.log_text(run.info.run_id, whole, schema.STATEMENT_ARTIFACT)
-            self.client.set_tag(run.info.run_id, schema.STATEMENT_TAG, short)
+            self.client.log_text(run.run_id, whole, schema.STATEMENT_ARTIFACT)
+            self._log(run, {}, {schema.STATEMENT_TAG: short})
 
-    def _set_state(self, run: "Run", told: TrialEnd, ended: float) -> None:
-        run_id, status = run.info.run_id, schema.MLFLOW_STATUS[told.state]
-        if told.error:
-            self._log(run, {}, {schema.ERROR_TAG: told.error[:1000]})
-        elif schema.ERROR_TAG in run.data.tags:  # a failed trial that runs again
-            self.client.delete_tag(run_id, schema.ERROR_TAG)
-        self._log(run, {}, {schema.STATUS_TAG: told.state})
-        if run.info.status == status:
+    def _set_state(self, run: Shown, told: TrialEnd, ended: float) -> None:
+        status = schema.MLFLOW_STATUS[told.state]
+        tags = {schema.STATUS_TAG: told.state} | ({schema.ERROR_TAG: told.error[:1000]} if told.error else {})
+        if schema.ERROR_TAG in run.tags and not told.error:  # a failed trial that runs again
+            self.client.delete_tag(run.run_id, schema.ERROR_TAG)
+            del run.tags[schema.ERROR_TAG]
+        self._log(run, {}, tags)
+        if run.status == status:
             return
         if status in ("RUNNING", "SCHEDULED"):
-            self.client.update_run(run_id, status)
+            self.client.update_run(run.run_id, status)
         else:
-            self.client.set_terminated(run_id, status, _milliseconds(ended))
+            self.client.set_terminated(run.run_id, status, _milliseconds(ended))
+        run.status = status
 
 
 class MLflowTracker:
@@ -306,6 +358,7 @@ class MLflowTracker:
         self._pending: dict[str | None, schema.State] = {None: "running"}  # None is the study itself
         self._pending |= dict.fromkeys((trial.name for trial in folder.trials()), "pending")
         self._closing = self._abandoned = self._lost = False
+        self._written = 0  # runs brought up to date, to see whether there is progress
         self._thread = threading.Thread(target=self._work, name="mlflow-tracker", daemon=True)
         self._thread.start()
 
@@ -324,14 +377,14 @@ class MLflowTracker:
         states: Mapping[str, schema.State] | None = None,
         *,
         study: schema.State = "interrupted",
-        timeout: float = 30.0,
+        patience: float = 30.0,
     ) -> bool:
         """Writes what is left and ends the thread.
 
         Args:
             states: of trials that have not ended; those left out are `interrupted`.
             study: state of the study.
-            timeout: seconds to wait at most.
+            patience: seconds without progress after which the rest is left.
 
         Returns:
             Whether MLflow has everything.
@@ -343,7 +396,10 @@ class MLflowTracker:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        self._thread.join(timeout)
+        written = -1
+        while self._thread.is_alive() and written < self._written:
+            written = self._written
+            self._thread.join(patience)
         return self._give_up()
 
     def _give_up(self) -> bool:
@@ -392,6 +448,7 @@ class MLflowTracker:
             self._mirror.study(state)
         else:
             self._mirror.trial(name, state)
+        self._written += 1
         if self._lost and not self._pending:
             self._lost = False
             log.info("MLflow is back and has everything")
@@ -433,13 +490,12 @@ def _artifact_location(uri: str) -> str | None:
     return (path.resolve().parent / "mlflow-artifacts").as_uri() if path else None
 
 
+def _query(tags: Mapping[str, str]) -> str:
+    return " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items())
+
+
 def _private_tag(target_epsilon: float) -> str:
     return "true" if math.isfinite(target_epsilon) else NON_PRIVATE
-
-
-def _shown_state(run: "Run") -> Any:
-    """The state that MLflow shows; None before the first."""
-    return run.data.tags.get(schema.STATUS_TAG)
 
 
 def _modified(path: Path) -> float:

@@ -5,8 +5,8 @@ from typing import Any
 
 from ray import tune
 
-from dpsink.checkpoint import Report
 from dpsink.data import load_dataset
+from dpsink.records import Report
 from dpsink.training import read_result, train, use_threads
 from tune.folder import StudyFolder
 

@@ -1,8 +1,8 @@
 """The training loop. A trial's life: reserve, step, evaluate, checkpoint, report, stop, resume.
 
-`train` yields a report at each evaluation point and knows neither who listens nor what is searched; it is
-`train_together` for one trial. To resume, call it again on the same folder: replayed steps are charged again and
-drawn with fresh noise.
+`Ensemble` is the loop, over open runs that come and go. `train` yields a report at each evaluation point and knows
+neither who listens nor what is searched; it is `train_together` for one trial. To resume, call it again on the same
+folder: replayed steps are charged again and drawn with fresh noise.
 """
 
 import json
@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from dpsink.checkpoint import restore_state, save_checkpoint
 from dpsink.config import Performance, TrialConfig, config_sha256, dump_config
 from dpsink.data import ImageData, LabelledImages
-from dpsink.engine import Stack, Trial, TrialState, initial_state, open_stack
+from dpsink.engine import Stack, Trial, TrialState, initial_state, open_stack, structure
 from dpsink.entropy import Entropy, OsEntropy
 from dpsink.errors import InputError
 from dpsink.evaluation import CLASSIFIERS, WORST_DISTANCE, build_extractor, classifier_accuracies, evaluate
@@ -93,62 +93,144 @@ def train_together(
     performance: Performance = DEFAULT_PERFORMANCE,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple["TrialRun", Report]]:
-    """Advances open runs of one structure on one stack of `performance.slots`; runs beyond that wait for a free one.
-
-    A run's reports and weights are those that it would have alone. Arguments and errors are those of `train`.
+    """Advances open runs to their ends, `performance.slots` at a time. Arguments and errors are those of `train`.
 
     Yields:
         A run and its report.
     """
-    _set_up(performance)
-    waiting = [run for run in runs if not run.ended]
-    for run in runs:
-        if run.ended and read_result(run.folder) is None:
-            # A crash came between the last checkpoint and its result: tell the end now.
-            _write_result(run, run.reports[-1])
-            yield run, run.reports[-1]
-    if not waiting:
-        return
-    stack = open_stack(waiting[0].config, waiting[0].data.train, performance, min(performance.slots, len(waiting)))
-    running: list[TrialRun] = []
-    while waiting or running:
-        while waiting and stack.free:
-            running.append(waiting.pop(0))
-            running[-1].join(stack)
-        for run in list(running):
-            yield from _reports_due(run, running)
+    left = [run for run in runs if not run.ended or read_result(run.folder) is None]
+    ensemble = Ensemble(performance.model_copy(update={"slots": max(1, min(performance.slots, len(left)))}))
+    for run in left:
+        ensemble.add(run)
+    while ensemble.busy:
         if should_stop():
-            for run in running:
-                run.stop()
+            for run in left:
+                ensemble.remove(run)
             return
-        _step_together(stack, running)
+        for run, told in ensemble.advance():
+            if isinstance(told, Exception):
+                raise told
+            yield run, told
+            if not run.ended:
+                ensemble.add(run)
 
 
-def _reports_due(run: "TrialRun", running: list["TrialRun"]) -> Iterator[tuple["TrialRun", Report]]:
-    """Tells until the run has a step in hand, or has ended and left."""
-    while not run.may_step():
-        report = run.report()
-        if report.status != RUNNING:
-            run.leave()
-            running.remove(run)
-        yield run, report
-        if report.status != RUNNING:
-            return
+class Ensemble:
+    """The loop: open runs side by side, on stacks of those that may share one, coming and going between two steps.
+
+    A run that has something to tell leaves, and takes no further step until it is added again: whoever listens can
+    decide before anything more is charged. What goes wrong with one run ends that run only; a step that fails ends all
+    that were in it. A run's reports and weights are those that it would have alone. Used by one thread.
+
+    Args:
+        performance: `slots` of it bounds the runs that step at a time, over all stacks; the others wait.
+
+    Raises:
+        InputError: there is no such device.
+    """
+
+    def __init__(self, performance: Performance = DEFAULT_PERFORMANCE) -> None:
+        _set_up(performance)
+        self._performance = performance
+        self._waiting: list[TrialRun] = []
+        self._running: list[TrialRun] = []
+        self._stacks: dict[tuple[object, ...], Stack] = {}
+
+    @property
+    def busy(self) -> bool:
+        """Whether a run waits or steps."""
+        return bool(self._waiting or self._running)
+
+    def add(self, run: "TrialRun") -> None:
+        """Lets an open run go on, as soon as there is a slot."""
+        self._waiting.append(run)
+
+    def remove(self, run: "TrialRun") -> None:
+        """Stops a run, if it is here: gives back what is not used, and makes its state durable."""
+        if run in self._waiting:
+            self._waiting.remove(run)
+        elif run in self._running:
+            self._running.remove(run)
+            run.stop()
+
+    def advance(self) -> list["Told"]:
+        """One step of every run that has a slot and nothing to tell.
+
+        Returns:
+            Runs that have left, each with its report, or with what went wrong: of such a run nothing was saved, and
+            what it had reserved stays charged.
+        """
+        told = [*self._fill_slots(), *self._collect()]
+        for stack in {id(run.stack): run.stack for run in self._running}.values():
+            assert stack is not None  # who has none has told
+            told += self._step(stack)
+        return told
+
+    def _fill_slots(self) -> Iterator["Told"]:
+        for run in list(self._waiting):
+            try:
+                if not self._seat(run):
+                    continue
+                self._running.append(run)
+            except Exception as error:
+                yield run, error
+            self._waiting.remove(run)
+
+    def _seat(self, run: "TrialRun") -> bool:
+        """Whether a run found a slot; one that has ended needs none."""
+        if run.ended:
+            return True
+        if len(self._running) >= self._performance.slots:
+            return False
+        stack = self._stack_for(run)
+        if stack.free:
+            run.join(stack)
+        return run.stack is not None
+
+    def _stack_for(self, run: "TrialRun") -> Stack:
+        kind = (run.data.fingerprint, *structure(run.config))
+        if kind not in self._stacks:
+            used = {id(other.stack) for other in self._running}
+            self._stacks = {key: stack for key, stack in self._stacks.items() if id(stack) in used}  # memory for it
+            self._stacks[kind] = open_stack(run.config, run.data.train, self._performance, self._performance.slots)
+        return self._stacks[kind]
+
+    def _collect(self) -> Iterator["Told"]:
+        for run in list(self._running):
+            try:
+                if run.may_step():
+                    continue
+                told = run.report()
+            except Exception as error:
+                run.leave()
+                told = error
+            self._running.remove(run)
+            yield run, told
+
+    def _step(self, stack: Stack) -> list["Told"]:
+        runs = [run for run in self._running if run.stack is stack]
+        started = time.perf_counter()
+        try:
+            stack.step()
+        except Exception as error:
+            return self._abandon(stack, runs, error)
+        elapsed = time.perf_counter() - started
+        for run in runs:
+            run.took_step(elapsed)
+        return []
+
+    def _abandon(self, stack: Stack, runs: Sequence["TrialRun"], error: Exception) -> list["Told"]:
+        """Gives up a stack whose step has failed: what is in it can no longer be trusted."""
+        self._stacks = {kind: other for kind, other in self._stacks.items() if other is not stack}
+        for run in runs:
+            run.stack = None
+            self._running.remove(run)
+        return [(run, error) for run in runs]
 
 
-def _step_together(stack: Stack, running: Sequence["TrialRun"]) -> None:
-    if not running:  # the last ones have just ended
-        return
-    started = time.perf_counter()
-    stack.step()
-    elapsed = time.perf_counter() - started
-    for run in running:
-        run.took_step(elapsed)
-
-
-@dataclass
+@dataclass(eq=False)
 class TrialRun:
-    """One trial between its boundaries: owns the state, the budget and the folder; lives in a slot of a stack."""
+    """One trial between its boundaries: owns the state, the budget and the folder; steps in a slot of a stack."""
 
     config: TrialConfig
     data: ImageData
@@ -227,14 +309,16 @@ class TrialRun:
         self.slot = stack.join(Trial(self.config, self.plan, self.state, self.entropy))
 
     def leave(self) -> None:
-        """Gives the slot up."""
-        assert self.stack is not None
-        self.stack.leave(self.slot)
-        self.stack = None
+        """Gives the slot up, if there is one, and brings the state up to date."""
+        if self.stack is not None:
+            self.stack.leave(self.slot)
+            self.stack = None
 
     def may_step(self) -> bool:
         """Whether a step is reserved, after reserving where none is left; False when a report is due: at a boundary,
         when the budget is spent, or when the weights are no longer finite."""
+        if self.ended:
+            return False
         if self.granted:
             return True
         wanted = min(self._reservation(), self.boundary - self.state.step)
@@ -252,21 +336,25 @@ class TrialRun:
 
     def stop(self) -> None:
         """Gives back what is not used and makes the state durable, to be resumed."""
+        self.leave()
         if self.granted:
             self.budget.settle(self.reserved - self.granted)
             self.granted = 0
         self.save()
-        self.leave()
 
     @property
     def finite(self) -> bool:
         """Whether every weight and statistic is a finite number."""
-        return self.stack is None or self.stack.finite(self.slot)
+        if self.stack is not None:
+            return self.stack.finite(self.slot)
+        return all(bool(torch.isfinite(value).all()) for value in self.state.generator.state_dict().values())
 
     def report(self) -> Report:
-        """Evaluates on public data, checkpoints, and tells."""
-        assert self.stack is not None
-        self.stack.update(self.slot)
+        """Leaves its slot, evaluates on public data, checkpoints, and tells; the last report can be told again."""
+        self.leave()
+        if self.ended:
+            _write_result(self, self.reports[-1])
+            return self.reports[-1]
         metrics = self._evaluate()
         charged = self.budget.charged
         report = Report(
@@ -286,9 +374,7 @@ class TrialRun:
         return report
 
     def save(self) -> None:
-        """Makes the present state durable."""
-        assert self.stack is not None
-        self.stack.update(self.slot)
+        """Makes the state durable; it is up to date outside a slot."""
         description = CheckpointState(
             config=self.config,
             plan=asdict(self.plan),
@@ -343,6 +429,9 @@ class TrialRun:
 
     def _epsilon_at(self, boundary: int) -> float:
         return self.plan.epsilon(min(self.budget.charged + boundary - self.state.step, self.plan.steps))
+
+
+Told = tuple[TrialRun, Report | Exception]
 
 
 def worst_metrics(classifiers: tuple[str, ...], *, distances: bool = True) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from dpsink.errors import InputError
 from dpsink.privacy.budget import charged_steps
 from dpsink.privacy.plan import PrivacyPlan, derive_plan
 from dpsink.records import latest_checkpoint, read_state
-from dpsink.training import Report, read_result, train
+from dpsink.training import Ensemble, Report, Told, TrialRun, read_result, train
 from tests.conftest import ReplayedEntropy
 
 SMALL = [
@@ -26,6 +27,9 @@ SMALL = [
 ]  # fmt: skip
 
 
+CONTROL = [
+    "generator={kind: class_mean}", "privacy.noise_multiplier=null", "privacy.delta=5e-5", "privacy.clip_norm=4",
+]  # fmt: skip
 DRAWS = 2  # times that a step asks for entropy: membership and noise
 
 
@@ -197,11 +201,7 @@ def test_non_private_trial_says_so(digits: ImageData, tmp_path: Path) -> None:
 
 
 def test_control_is_one_charged_release(digits: ImageData, tmp_path: Path) -> None:
-    config = load_config(
-        None,
-        ["generator.kind=class_mean", "privacy.noise_multiplier=null", "privacy.delta=5e-5", "privacy.clip_norm=4",
-         "evaluation.samples=200"],
-    )  # fmt: skip
+    config = load_config(None, [*CONTROL, "evaluation.samples=200"])
     (report,) = run(config, digits, tmp_path / "run")
     assert (report.step, report.charged) == (1, 1)
     assert 9.9 < report.epsilon <= 10
@@ -325,3 +325,143 @@ def test_damaged_result_is_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text("{}")
     with pytest.raises(InputError, match=r"result\.json"):
         read_result(tmp_path)
+
+
+# An ensemble: runs that come and go.
+
+DOUBLE = Performance(precision="double", slots=2)
+
+
+@pytest.fixture
+def opened(digits: ImageData, tmp_path: Path) -> Iterator[Callable[..., TrialRun]]:
+    """Opens runs, in float64, which end with the test."""
+    with ExitStack() as stack:
+
+        def open_run(name: str, *overrides: str, seed: int = 0, entropy: ReplayedEntropy | None = None) -> TrialRun:
+            config = small(f"seed={seed}", *overrides)
+            run = TrialRun.open(config, digits, tmp_path / name, entropy or ReplayedEntropy(seed))
+            run.state.generator.to(torch.float64)
+            return stack.enter_context(run)
+
+        yield open_run
+
+
+def charged(run: TrialRun) -> int:
+    return charged_steps(run.folder / "ledger")
+
+
+def advance(ensemble: Ensemble, times: int) -> list[Told]:
+    return [told for _ in range(times) for told in ensemble.advance()]
+
+
+def finish(ensemble: Ensemble) -> list[Told]:
+    """Lets every run go on until it has ended, or failed."""
+    told = []
+    while ensemble.busy:
+        for run, outcome in ensemble.advance():
+            told.append((run, outcome))
+            if isinstance(outcome, Report) and not run.ended:
+                ensemble.add(run)
+    return told
+
+
+def flat(run: TrialRun) -> torch.Tensor:
+    return torch.cat([value.flatten() for value in run.state.generator.state_dict().values()])
+
+
+def test_runs_that_come_and_go_end_as_they_do_alone(opened: Callable[..., TrialRun]) -> None:
+    alone = [opened(f"alone-{seed}", seed=seed) for seed in range(4)]
+    for run in alone:
+        ensemble = Ensemble(DOUBLE)
+        ensemble.add(run)
+        finish(ensemble)
+    runs = [opened(str(seed), seed=seed) for seed in range(4)]
+    ensemble = Ensemble(DOUBLE)
+    for run in runs[:3]:
+        ensemble.add(run)
+    advance(ensemble, 2)
+    ensemble.remove(runs[1])
+    ensemble.add(runs[3])
+    advance(ensemble, 1)
+    ensemble.add(runs[1])
+    finish(ensemble)
+    for run, expected in zip(runs, alone, strict=True):
+        assert [(report.step, report.charged, report.epsilon) for report in run.reports] == [
+            (report.step, report.charged, report.epsilon) for report in expected.reports
+        ]
+        torch.testing.assert_close(flat(run), flat(expected), atol=1e-10, rtol=0)
+
+
+def test_run_that_has_told_is_charged_nothing_until_it_is_added_again(opened: Callable[..., TrialRun]) -> None:
+    held, neighbour = opened("held"), opened("neighbour", "privacy.step_limit=40", seed=1)
+    ensemble = Ensemble(DOUBLE)
+    ensemble.add(held)
+    ensemble.add(neighbour)
+    ((run, report),) = advance(ensemble, 4)
+    advance(ensemble, 3)
+    assert (run, charged(held), neighbour.state.step) == (held, 3, 7)
+    assert isinstance(report, Report) and report.charged == 3
+
+
+def test_removed_run_pays_only_for_what_it_ran(opened: Callable[..., TrialRun]) -> None:
+    run = opened("run", "privacy.step_limit=4000")
+    ensemble = Ensemble()
+    ensemble.add(run)
+    advance(ensemble, 71)
+    assert charged(run) > 71
+    ensemble.remove(run)
+    checkpoint = latest_checkpoint(run.folder)
+    assert checkpoint is not None
+    assert (charged(run), read_state(checkpoint).step, ensemble.busy) == (71, 71, False)
+
+
+def test_run_that_fails_leaves_the_others_in_peace(opened: Callable[..., TrialRun]) -> None:
+    failing, sound = opened("failing"), opened("sound", seed=1)
+    ensemble = Ensemble(DOUBLE)
+    ensemble.add(failing)
+    ensemble.add(sound)
+    advance(ensemble, 1)
+    failing.budget.close()  # its next reservation is refused
+    (told, *_), late = advance(ensemble, 1), opened("late", seed=2)
+    assert told[0] is failing and isinstance(told[1], RuntimeError)
+    ensemble.add(late)
+    finish(ensemble)
+    assert [run.reports[-1].status for run in (sound, late)] == ["completed", "completed"]
+    assert failing.reports == []
+
+
+def test_step_that_fails_ends_its_own_stack_only(opened: Callable[..., TrialRun]) -> None:
+    class Broken(ReplayedEntropy):
+        def random_bytes(self, count: int) -> bytes:
+            raise OSError("no entropy")
+
+    broken, neighbour = opened("broken", entropy=Broken(0)), opened("neighbour", seed=1)
+    other = opened("other", "sinkhorn.gen_batch_size=20")
+    ensemble = Ensemble(DOUBLE.model_copy(update={"slots": 3}))
+    for run in (broken, neighbour, other):
+        ensemble.add(run)
+    told = ensemble.advance()
+    assert {run for run, _ in told} == {broken, neighbour}
+    assert all(str(error) == "no entropy" for _, error in told)
+    assert [run for run, _ in finish(ensemble)] == [other, other]
+
+
+def test_control_and_generators_of_two_shapes_run_side_by_side(opened: Callable[..., TrialRun]) -> None:
+    control = opened("control", *CONTROL)
+    runs = [control, opened("narrow"), opened("wide", "generator.hidden_dim=8")]
+    ensemble = Ensemble(DOUBLE)
+    for run in runs:
+        ensemble.add(run)
+    finish(ensemble)
+    assert [(run.reports[-1].status, run.state.step) for run in runs] == [
+        ("completed", 1), ("completed", 6), ("completed", 6)
+    ]  # fmt: skip
+
+
+def test_run_that_has_ended_tells_its_last_report_again_and_pays_nothing(opened: Callable[..., TrialRun]) -> None:
+    run = opened("run")
+    ensemble = Ensemble()
+    for _ in range(2):
+        ensemble.add(run)
+        assert finish(ensemble)[-1] == (run, run.reports[-1])
+    assert (len(run.reports), charged(run)) == (2, 6)

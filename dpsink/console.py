@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from dpsink.errors import InputError
@@ -81,6 +82,16 @@ def table(*columns: str, title: str | None = None) -> Table:
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     return made
+
+
+def progress(unit: str, *, quiet: bool = False) -> Progress:
+    """A bar on stderr with what is done, how long it took and how long it will take; none where no person looks."""
+    done = TextColumn(f"{{task.completed:,.0f}}/{{task.total:,.0f}} {unit}")
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), done,
+        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(elapsed_when_finished=False),
+    )  # fmt: skip
+    return Progress(*columns, console=err, disable=quiet or not err.is_terminal)
 
 
 def metric_text(value: float | None) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dpsink import cli, console
 from dpsink.checkpoint import load_generator
@@ -196,6 +197,43 @@ def test_people_are_told_epsilon_folder_and_what_comes_next(copy: Path, dpsink: 
     lines = dpsink("train", *small(), "--out", copy).out.splitlines()
     assert re.fullmatch(r"completed: 6 steps, ε = 1\.\d+, [\d.]+ steps/s", lines[0])
     assert lines[1:] == [f"folder: {copy}", f"next:   dpsink evaluate {copy}"]
+
+
+@pytest.fixture
+def pets(tmp_path: Path) -> Path:
+    """A data root with own images, one of them cut short."""
+    for index in range(40):
+        path = tmp_path / "root" / "pets" / ("cat", "dog")[index % 2] / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(index).integers(256, size=(8, 8), dtype=np.uint8)).save(path)
+    (tmp_path / "root/pets/dog/07.png").write_bytes(b"\x89PNG")
+    return tmp_path / "root"
+
+
+def own(root: Path) -> tuple[str, ...]:
+    """Settings of a trial on the pets."""
+    settings = small(
+        data__name="folder:pets", data__test="public", data__validation="public", data__test_size="20",
+        privacy__delta="1e-3", privacy__batch_size="4", privacy__noise_multiplier="10",
+    )  # fmt: skip
+    return (*settings, "--data-root", str(root))
+
+
+def test_image_that_cannot_be_read_is_named_with_the_option_that_skips_it(
+    pets: Path, dpsink: Command, tmp_path: Path
+) -> None:
+    answer = dpsink("train", *own(pets), "--out", tmp_path / "run")
+    check_refused(answer, rf"{pets}/pets/dog/07\.png: .*--skip-bad")
+    assert not (tmp_path / "run").exists()
+
+
+def test_skipping_is_a_setting_of_the_trial(pets: Path, dpsink: Command, tmp_path: Path) -> None:
+    """So it is in the hash that names the folder, and in the record."""
+    answer = dpsink("train", *own(pets), "--skip-bad", "--out", tmp_path / "run")
+    assert answer.code == 0, answer.err
+    assert "1 bad train images are skipped" in " ".join(answer.err.split())
+    assert load_config(tmp_path / "run" / "config.yaml").data.skip_bad
+    assert dpsink("train", *own(pets), "data.skip_bad=true", "--out", tmp_path / "run").code == 0
 
 
 def test_evaluate_answers_with_metrics_and_the_guarantee(trained: Path, dpsink: Command) -> None:

@@ -163,7 +163,7 @@ def test_operating_system_s_entropy_hands_on_the_system_s_bytes(monkeypatch: pyt
 
 
 def test_no_command_and_no_study_hands_entropy_to_training() -> None:
-    outside = [*sources("tune", "analysis"), ROOT / "dpsink/cli.py", ROOT / "dpsink/console.py"]
+    outside = [*sources("tune", "analysis", "dpsink/commands"), ROOT / "dpsink/cli.py", ROOT / "dpsink/console.py"]
     assert [module for module, _, call in calls(*outside) if "entropy" in words(call)] == []
     assert [path for path in outside if any(name.startswith("dpsink.entropy") for name in imported(path))] == []
 

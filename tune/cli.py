@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dpsink import console
-from dpsink.cli import DataRoot, Json
+from dpsink.commands.options import DataRoot, Json
 
 if TYPE_CHECKING:  # it takes seconds
     from tune.study import Study

@@ -43,7 +43,7 @@ def _tell_bad(config: DataConfig, source: Source, part: str, bad: Mapping[int, s
         return
     first, more = bad[min(bad)], f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
     if not config.skip_bad:
-        raise InputError(f"{first}{more}; mend or remove it, or set data.skip_bad=true")
+        raise InputError(f"{first}{more}; mend or remove it, or skip it with --skip-bad (data.skip_bad=true)")
     listed = list_bad(source.place, part, bad.values())
     log.warning("%s: %d bad %s images are skipped, listed in %s", source.place, len(bad), part, listed or "no file")
 

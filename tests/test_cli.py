@@ -223,7 +223,8 @@ def test_image_that_cannot_be_read_is_named_with_the_option_that_skips_it(
     pets: Path, dpsink: Command, tmp_path: Path
 ) -> None:
     answer = dpsink("train", *own(pets), "--out", tmp_path / "run")
-    check_refused(answer, rf"{pets}/pets/dog/07\.png: .*--skip-bad")
+    assert (answer.code, answer.out) == (2, "")
+    assert re.fullmatch(rf"error: {pets}/pets/dog/07\.png: .*--skip-bad.*", answer.errors[-1])
     assert not (tmp_path / "run").exists()
 
 

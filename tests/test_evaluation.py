@@ -3,12 +3,16 @@
 import math
 import os
 import pickle
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from dpsink.config import DataConfig
@@ -20,14 +24,20 @@ from dpsink.evaluation import (
     build_extractor,
     classifier_accuracies,
     classifier_extractor,
+    distance_floor,
     evaluate,
     extractors,
-    fid_floor,
     fidelity,
     inception_extractor,
     variety,
 )
+from dpsink.evaluation.classifiers import build_classifier, predict
 from dpsink.evaluation.fidelity import fid, kid, precision_recall
+from dpsink.evaluation.floor import _halves as halves
+from dpsink.evaluation.reference import reference_features
+from dpsink.privacy.release import ReleaseRefused
+
+fidelity_module = sys.modules["dpsink.evaluation.fidelity"]  # the package's name is the function
 
 METRICS = {"fid", "kid", "precision", "recall", "variety", "accuracy"} | {
     f"accuracy_{name}" for name in ("logreg", "mlp", "cnn")
@@ -91,7 +101,8 @@ def test_fid_is_the_closed_form_of_two_gaussians():
 
 
 def test_fid_of_a_set_with_itself_is_zero(digits, extractor):
-    assert 0 <= fid_floor(digits.test, digits.test, extractor) < 1e-6
+    features = extractor.features(digits.test.images).double()
+    assert 0 <= fid(features, features) < 1e-6
 
 
 def test_fid_is_real_and_finite_for_singular_covariances():
@@ -143,6 +154,20 @@ def test_order_of_the_images_does_not_matter(digits, extractor):
     first = fidelity(digits.test, digits.validation, extractor=extractor)
     second = fidelity(shuffled(digits.test), shuffled(digits.validation), extractor=extractor)
     assert second == pytest.approx(first, rel=1e-5)
+
+
+def test_order_of_the_images_does_not_matter_to_kid_s_random_subsets():
+    a, b = torch.randn(2, 1100, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert kid(a.flip(0), b.roll(7, 0)) == pytest.approx(kid(a, b), rel=1e-9)
+    assert kid(a, b, seed=1) != pytest.approx(kid(a, b), rel=1e-3), "the subsets are random"
+
+
+@pytest.mark.parametrize("rows", [1, 7, 360])
+def test_precision_and_recall_do_not_depend_on_the_rows_held_at_once(digits, extractor, monkeypatch, rows):
+    generated, real = (extractor.features(part.images).double() for part in (digits.validation, digits.test))
+    whole = precision_recall(generated, real)
+    monkeypatch.setattr(fidelity_module, "DISTANCES", rows * 180)
+    assert precision_recall(generated, real) == whole != {"precision": 1.0, "recall": 1.0}
 
 
 def test_silent_on_stdout_and_stderr(digits, extractor, capfd):
@@ -201,6 +226,19 @@ def test_logistic_regression_agrees_with_scikit_learn(digits):
     assert ours == pytest.approx(expected, abs=0.03)
 
 
+def test_order_of_the_test_images_does_not_matter_to_accuracy(digits):
+    scores = [classifier_accuracies(digits.validation, test) for test in (digits.test, shuffled(digits.test))]
+    assert scores[0] == scores[1]
+
+
+def test_predictions_do_not_depend_on_the_batch(digits):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = build_classifier("cnn", digits.test.shape, 10)
+    whole, single = (predict(model, digits.test.images, batch_size=size) for size in (512, 1))
+    torch.testing.assert_close(single, whole, rtol=1e-5, atol=1e-5)
+
+
 def test_classifiers_learn_the_labels_that_they_are_given(digits):
     wrong = LabelledImages(digits.train.images, (digits.train.labels + 1) % 10, 10)
     scores = classifier_accuracies(wrong, digits.test, classifiers=("logreg", "mlp"))
@@ -225,7 +263,7 @@ def test_global_state_is_left_alone(digits):
     def state():
         return torch.random.get_rng_state().tolist(), torch.get_num_threads(), torch.get_default_dtype()
 
-    before, small = state(), digits.train.take(torch.arange(100))
+    before, small = state(), replace(digits.train.take(torch.arange(100)), private=False)
     evaluate(small, digits.test, extractor=classifier_extractor(small))
     assert state() == before
 
@@ -293,6 +331,111 @@ def test_sets_that_cannot_be_compared_are_refused(synthetic, named):
 def test_an_unknown_classifier_is_refused(digits, extractor):
     with pytest.raises(InputError, match="'svm'"):
         evaluate(digits.test, digits.validation, extractor=extractor, classifiers=("svm",))
+
+
+@pytest.mark.parametrize("use", [evaluate, fidelity, reference_features, classifier_extractor])
+def test_private_images_are_never_the_reference(digits, extractor, cache, use):
+    """Figures on them carry no noise, and what is kept under a plain hash of them would be a release."""
+    before = {path.name for path in cache.parent.rglob("*")}
+    arguments = {
+        evaluate: lambda: evaluate(digits.test, digits.train, extractor=extractor),
+        fidelity: lambda: fidelity(digits.test, digits.train, extractor=extractor),
+        reference_features: lambda: reference_features(extractor, digits.train),
+        classifier_extractor: lambda: classifier_extractor(digits.train.take(torch.arange(50))),
+    }
+    with pytest.raises(ReleaseRefused, match="private"):
+        arguments[use]()
+    assert {path.name for path in cache.parent.rglob("*")} == before
+
+
+def test_private_validation_images_are_never_the_reference(extractor):
+    hidden = load_dataset(DataConfig(validation="private"))
+    assert hidden.validation is not None
+    with pytest.raises(ReleaseRefused):
+        evaluate(hidden.test, hidden.validation, extractor=extractor)
+
+
+# The floor.
+
+
+def test_floor_is_validation_against_test(digits, extractor):
+    features = [extractor.features(part.images).double() for part in (digits.validation, digits.test)]
+    floor = distance_floor(digits, extractor)
+    assert (floor.fid, floor.kid) == pytest.approx((fid(*features), kid(*features)))
+    assert floor.of == "validation (180 images) against test (180 images)"
+
+
+@pytest.mark.parametrize("changes", [{"validation": None}, {"validation_is_public": False}])
+def test_floor_without_public_validation_images_is_of_the_test_images_halves(digits, extractor, changes):
+    floor = distance_floor(replace(digits, **changes), extractor)
+    assert floor.of == "one half of test (90 images) against the other (90 images)"
+    assert 0 < floor.fid < fidelity(noisy(digits.train, 60), digits.test, extractor=extractor)["fid"]
+
+
+def test_halves_are_disjoint_whole_and_stratified(digits):
+    first, second = halves(digits.test)
+    assert len(first) + len(second) == len(digits.test)
+    together = torch.cat([first.images, second.images]).flatten(1)
+    assert torch.equal(together.unique(dim=0), digits.test.images.flatten(1).unique(dim=0))
+    counts = [part.labels.bincount(minlength=10) for part in (first, second)]
+    assert (counts[0] - counts[1]).abs().max() <= 1
+
+
+def test_floor_is_computed_once(digits, extractor, monkeypatch):
+    first = distance_floor(digits, extractor)
+    monkeypatch.setattr("dpsink.evaluation.floor.fid", None)
+    assert distance_floor(digits, extractor) == first
+
+
+# Devices. No GPU is at hand: tensors on `meta` stand for those of another device. Torch refuses to mix them with the
+# CPU's, and what is copied back from there is zero.
+
+
+class OtherDevice(TorchDispatchMode):
+    """Lets results leave `meta`, and notes where each operation ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, str]] = set()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        kwargs, aten = kwargs or {}, torch.ops.aten
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        places = {tensor.device.type for tensor in tensors}
+        self.seen |= {(op.overloadpacket.__name__, place) for place in places}
+        if op is aten._local_scalar_dense.default and places == {"meta"}:
+            return 0.5
+        if op is aten._to_copy.default and places == {"meta"} and kwargs.get("device") == torch.device("cpu"):
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        return op(*args, **kwargs)
+
+    def ran_on(self, *operations: str) -> set[str]:
+        """Devices that any of these ran on."""
+        return {place for name, place in self.seen if name in operations}
+
+
+HEAVY = ("convolution", "convolution_backward", "addmm", "mm", "_fused_adam_", "nll_loss_forward")
+
+
+def test_classifiers_are_trained_and_asked_on_the_device(digits, monkeypatch):
+    monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    with OtherDevice() as watch:
+        classifier_accuracies(digits.validation, digits.test, device="meta")
+    assert watch.ran_on(*HEAVY) == {"meta"}
+
+
+def test_the_extractor_computes_on_the_device_and_hands_features_back(digits, extractor):
+    with OtherDevice() as watch:
+        features = classifier_extractor(digits.validation, device="meta").features(digits.test.images)
+    assert watch.ran_on(*HEAVY) == {"meta"}
+    assert (features.device.type, features.shape) == ("cpu", (180, 32))
+
+
+def test_evaluation_hands_the_device_to_its_classifiers(digits, extractor, monkeypatch):
+    monkeypatch.setattr(sys.modules["torch.optim.optimizer"], "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    with OtherDevice() as watch:
+        evaluate(digits.validation, digits.test, extractor=extractor, device="meta", classifiers=("cnn",))
+    assert watch.ran_on("convolution_backward", "_fused_adam_") == {"meta"}
 
 
 # Extractors.
@@ -427,18 +570,50 @@ def test_a_damaged_weights_file_is_refused(tmp_path, content):
         inception_extractor(tmp_path / "w.pth")
 
 
-@pytest.mark.slow
-def test_inception_weights_are_read_from_their_file(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, torch.random.fork_rng():
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory) -> tuple[Path, FeatureExtractorInceptionV3]:
+    """A file of the true layout with random weights, and the network that they came from."""
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng():
         patch.setattr(torch, "load", lambda *_, **__: {})
         patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
         torch.manual_seed(0)
         untrained = FeatureExtractorInceptionV3("random", ["2048"], feature_extractor_weights_path="any")
-    torch.save(untrained.state_dict(), tmp_path / "w.pth")
+    path = tmp_path_factory.mktemp("inception") / "w.pth"
+    torch.save(untrained.state_dict(), path)
+    return path, untrained
+
+
+@pytest.mark.slow
+def test_inception_weights_are_read_from_their_file(inception_weights):
+    path, untrained = inception_weights
     grey = random_images((1, 28, 28), 3).images
-    inception = inception_extractor(tmp_path / "w.pth")
+    inception = inception_extractor(path)
     assert (inception.name, inception.features(grey).shape) == ("inception", (3, 2048))
     assert torch.allclose(inception.features(grey), untrained(grey.expand(-1, 3, -1, -1))[0], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_inception_s_features_of_the_reference_are_kept_on_disk(inception_weights, monkeypatch):
+    """By another process too: what is in memory is dropped, and the network then refuses to run."""
+    inception, real = inception_extractor(inception_weights[0]), random_images((1, 28, 28), 4)
+    first = reference_features(inception, real)
+
+    def refuse(_):
+        raise AssertionError("the network ran on the reference")
+
+    reference_features.cache_clear()
+    assert torch.equal(reference_features(replace(inception, network=refuse), real), first)
+    for other in (real.take(torch.arange(3)), random_images((1, 28, 28), 5)):  # another number, other images
+        with pytest.raises(AssertionError, match="the network ran"):
+            reference_features(replace(inception, network=refuse), other)
+
+
+@pytest.mark.slow
+def test_other_inception_weights_have_other_features_on_disk(inception_weights, tmp_path):
+    path, untrained = inception_weights
+    state = untrained.state_dict()
+    torch.save({name: tensor * 1.5 for name, tensor in state.items()}, tmp_path / "w.pth")
+    assert inception_extractor(tmp_path / "w.pth").digest != inception_extractor(path).digest
 
 
 # MNIST.

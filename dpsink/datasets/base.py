@@ -1,7 +1,7 @@
 """Labelled images in memory, and what every source of them offers before and after its pixels are read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +28,7 @@ class LabelledImages:
     labels: Tensor
     num_classes: int
     absent: int = 0
+    private: bool = False
 
     def __len__(self) -> int:
         return self.images.shape[0] + self.absent
@@ -38,12 +39,16 @@ class LabelledImages:
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
+    def to(self, device: torch.device | str) -> "LabelledImages":
+        """The same images on a device."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
     def take(self, index: Tensor) -> "LabelledImages":
         """The rows that an int64 or bool index below `len` selects, without those that are absent."""
         if self.absent:
             rows = index.nonzero().squeeze(1) if index.dtype == torch.bool else index
             index = rows[rows < self.images.shape[0]]
-        return LabelledImages(self.images[index], self.labels[index], self.num_classes)
+        return LabelledImages(self.images[index], self.labels[index], self.num_classes, private=self.private)
 
 
 @dataclass(frozen=True)

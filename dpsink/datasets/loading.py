@@ -28,7 +28,7 @@ def load_splits(config: DataConfig, source: Source, rows: Mapping[str, Rows]) ->
     for part, decoded in parts.items():
         _tell_bad(config, source, part, decoded.bad)
     _check_shapes(source, parts)
-    splits = {split: _select(source, parts[row.part], row, private=split == TRAIN) for split, row in rows.items()}
+    splits = {split: _select(source, parts[row.part], row, split, config) for split, row in rows.items()}
     if config.validation == "private" and len(splits.get(VALIDATION, ())) < len(rows.get(VALIDATION, ())):
         # The size of a private split is declared: noisy scores are fractions of it.
         raise InputError(f"{source.place}: a bad image in private validation data cannot be skipped; remove it")
@@ -58,15 +58,16 @@ def _check_shapes(source: Source, parts: Mapping[str, Decoded]) -> None:
             )
 
 
-def _select(source: Source, decoded: Decoded, rows: Rows, *, private: bool) -> LabelledImages:
+def _select(source: Source, decoded: Decoded, rows: Rows, split: str, config: DataConfig) -> LabelledImages:
     images, labels = torch.from_numpy(decoded.images), source.labels[rows.part]
+    private = split == TRAIN or (split == VALIDATION and config.validation == "private")
     if not decoded.bad and len(rows) == len(images):
-        return LabelledImages(images, labels, source.num_classes)  # everything: no copy
+        return LabelledImages(images, labels, source.num_classes, private=private)  # everything: no copy
     usable = torch.ones(len(images), dtype=torch.bool)
     usable[list(decoded.bad)] = False
     kept = rows.index[usable[rows.index]]
-    absent = len(rows) - len(kept) if private else 0
-    return LabelledImages(images[kept], labels[kept], source.num_classes, absent)
+    absent = len(rows) - len(kept) if split == TRAIN else 0
+    return LabelledImages(images[kept], labels[kept], source.num_classes, absent, private)
 
 
 def _check_classes(source: Source, split: str, images: LabelledImages) -> None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import torch
+
 from dpsink.data import LabelledImages
 from dpsink.errors import InputError
 from dpsink.evaluation.classifiers import CLASSIFIERS, classifier_accuracies
@@ -11,18 +13,21 @@ from dpsink.evaluation.extractors import (
     classifier_extractor,
     inception_extractor,
 )
-from dpsink.evaluation.fidelity import WORST_DISTANCE, fid_floor, fidelity
+from dpsink.evaluation.fidelity import WORST_DISTANCE, fidelity
+from dpsink.evaluation.floor import Floor, distance_floor
+from dpsink.evaluation.kept import refuse_private
 from dpsink.evaluation.variety import variety
 
 __all__ = [
     "CLASSIFIERS",
     "WORST_DISTANCE",
     "Extractor",
+    "Floor",
     "build_extractor",
     "classifier_accuracies",
     "classifier_extractor",
+    "distance_floor",
     "evaluate",
-    "fid_floor",
     "fidelity",
     "inception_extractor",
     "variety",
@@ -38,6 +43,7 @@ def evaluate(
     extractor: Extractor,
     classifiers: Sequence[str] = CLASSIFIERS,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """All metrics of synthetic images against real ones; every value is finite, whatever the images show.
 
@@ -47,6 +53,7 @@ def evaluate(
         extractor: of the features behind `fid`, `kid`, `precision` and `recall`.
         classifiers: names out of `CLASSIFIERS`; may be empty.
         seed: of everything random; the metrics are a function of it and of the arguments.
+        device: where classifiers are trained; the extractor has its own.
 
     Returns:
         `fid`, `kid` (about 0 for real images, 1e6 at worst), `precision`, `recall` (in [0, 1]), `variety` (0
@@ -55,12 +62,14 @@ def evaluate(
 
     Raises:
         InputError: too few images, sets that do not match, or an unknown classifier.
+        ReleaseRefused: a private reference.
     """
+    refuse_private(reference)
     _check(synthetic, reference)
     return (
         fidelity(synthetic, reference, extractor=extractor, seed=seed)
         | {"variety": variety(synthetic, reference)}
-        | classifier_accuracies(synthetic, reference, classifiers=classifiers, seed=seed)
+        | classifier_accuracies(synthetic, reference, classifiers=classifiers, seed=seed, device=device)
     )
 
 

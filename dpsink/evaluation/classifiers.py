@@ -25,6 +25,7 @@ def classifier_accuracies(
     *,
     classifiers: Sequence[str] = CLASSIFIERS,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """Accuracy on real images of classifiers that saw only synthetic ones.
 
@@ -33,6 +34,7 @@ def classifier_accuracies(
         reference: real images of the same shape, never trained on.
         classifiers: names out of `CLASSIFIERS`.
         seed: of the split, the initialisation and the order of batches; the result is a function of it.
+        device: where they are trained and asked.
 
     Returns:
         `accuracy_<name>` for each classifier, in [0, 1]; where all three were run, `accuracy`, their mean.
@@ -40,7 +42,7 @@ def classifier_accuracies(
     Raises:
         InputError: an unknown classifier.
     """
-    scores = {f"accuracy_{name}": _accuracy(name, synthetic, reference, seed) for name in classifiers}
+    scores = {f"accuracy_{name}": _accuracy(name, synthetic, reference, seed, device) for name in classifiers}
     if set(classifiers) == set(CLASSIFIERS):
         scores["accuracy"] = sum(scores.values()) / len(scores)
     return scores
@@ -84,7 +86,7 @@ def build_cnn(shape: tuple[int, int, int], num_classes: int, *, channels: int, f
 
 
 @torch.enable_grad()
-def fit(model: nn.Module, data: LabelledImages, *, seed: int) -> None:
+def fit(model: nn.Module, data: LabelledImages, *, seed: int, device: torch.device | str = "cpu") -> None:
     """Trains from scratch in the model's own precision; keeps the epoch that is best on a held-back tenth.
 
     Global random state is neither read nor changed.
@@ -93,11 +95,13 @@ def fit(model: nn.Module, data: LabelledImages, *, seed: int) -> None:
         model: maps images (n, C, H, W) in [-1, 1] to logits; its layers are linear or convolutional.
         data: at least 10 images.
         seed: of the split, the initialisation and the order of batches.
+        device: where it is trained, and stays.
     """
     generator = torch.Generator().manual_seed(seed)
-    initialise(model, generator)
+    initialise(model, generator)  # on the CPU: every device starts from the same weights
+    model.to(device)
     held_back, kept = torch.randperm(len(data), generator=generator).tensor_split([len(data) // HELD_BACK])
-    training, stopping = data.take(kept), data.take(held_back)
+    training, stopping = (data.take(rows).to(device) for rows in (kept, held_back))
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, fused=True)
     best_epoch, best_loss, best_state = -1, math.inf, copy.deepcopy(model.state_dict())
     for epoch in range(MAX_EPOCHS):
@@ -121,23 +125,25 @@ def initialise(model: nn.Module, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, *, batch_size: int = 512) -> Tensor:
-    """Outputs (N, D) of a model for uint8 images (N, C, H, W), batch by batch."""
+    """Outputs (N, D) of a model, on its device, for uint8 images (N, C, H, W) anywhere, batch by batch."""
     return torch.cat([model(_pixels(batch, model)) for batch in images.split(batch_size)])
 
 
-def _accuracy(name: str, synthetic: LabelledImages, reference: LabelledImages, seed: int) -> float:
+def _accuracy(
+    name: str, synthetic: LabelledImages, reference: LabelledImages, seed: int, device: torch.device | str
+) -> float:
     with torch.device("meta"):  # parameters come from `initialise`, not from global random state
         model = build_classifier(name, synthetic.shape, synthetic.num_classes)
     model.to_empty(device="cpu")
-    fit(model, synthetic, seed=seed)
-    predicted = predict(model, reference.images).argmax(dim=1)
+    fit(model, synthetic, seed=seed, device=device)
+    predicted = predict(model, reference.images).argmax(dim=1).cpu()
     return (predicted == reference.labels).double().mean().item()
 
 
 def _train_epoch(
     model: nn.Module, data: LabelledImages, optimizer: torch.optim.Optimizer, generator: torch.Generator
 ) -> None:
-    for index in torch.randperm(len(data), generator=generator).split(BATCH_SIZE):
+    for index in torch.randperm(len(data), generator=generator).to(data.images.device).split(BATCH_SIZE):
         batch = data.take(index)
         loss = functional.cross_entropy(model(_pixels(batch.images, model)), batch.labels)
         optimizer.zero_grad()
@@ -146,4 +152,5 @@ def _train_epoch(
 
 
 def _pixels(images: Tensor, model: nn.Module) -> Tensor:
-    return to_unit(images).to(next(model.parameters()).dtype)
+    like = next(model.parameters())
+    return to_unit(images.to(like.device)).to(like.dtype)

@@ -3,8 +3,6 @@
 Every value is finite: where a distance is not defined or overflows it is `WORST_DISTANCE`.
 """
 
-from functools import lru_cache
-
 import numpy as np
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
@@ -13,11 +11,12 @@ from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, p
 
 from dpsink.data import LabelledImages
 from dpsink.evaluation.extractors import Extractor
+from dpsink.evaluation.reference import reference_features
 
 WORST_DISTANCE = 1e6
 KID_SUBSET_SIZE = 1000  # torch-fidelity's; smaller sets are used whole
 NEIGHBOURS = 3  # of the k-NN balls of precision and recall, arXiv 1904.06991
-DISTANCE_ROWS = 2000  # of the distance matrix held at once: 160 MB against 10,000 images
+DISTANCES = 20_000_000  # held at once: 160 MB
 
 
 def fidelity(
@@ -27,14 +26,13 @@ def fidelity(
 
     Args:
         synthetic: at least 2 images.
-        reference: at least 2 real images of the same shape, public, not changed afterwards: their features
-            are kept in memory.
+        reference: at least 2 real images of the same shape, public: their features are kept.
         extractor: of the features.
         seed: of KID's subsets.
     """
     # float64: in float32 equal features come out up to 0.003 apart, so that a collapsed generator gets recall.
     generated = extractor.features(synthetic.images).double()
-    real = _reference_features(extractor, reference.images).double()
+    real = reference_features(extractor, reference).double()
     return {"fid": fid(generated, real), "kid": kid(generated, real, seed=seed)} | precision_recall(generated, real)
 
 
@@ -56,7 +54,8 @@ def fid(features_a: Tensor, features_b: Tensor) -> float:
 def kid(features_a: Tensor, features_b: Tensor, *, seed: int = 0) -> float:
     """Unbiased squared MMD with the cubic kernel, at most 1e6; about 0, of either sign, for equal sets.
 
-    The mean over 100 random subsets of 1,000, or of the smaller set's size (arXiv 1801.01401).
+    The mean over 100 random subsets of 1,000, or of the smaller set's size (arXiv 1801.01401). The order of the
+    images does not matter.
 
     Args:
         features_a: float64, (N, D), N >= 2. Symmetric in both arguments.
@@ -64,6 +63,7 @@ def kid(features_a: Tensor, features_b: Tensor, *, seed: int = 0) -> float:
         seed: of the subsets.
     """
     size = min(KID_SUBSET_SIZE, len(features_a), len(features_b))
+    features_a, features_b = (features[features.sum(1).argsort(stable=True)] for features in (features_a, features_b))
     scores = kid_features_to_metric(features_a, features_b, kid_subset_size=size, rng_seed=seed, verbose=False)
     return _bounded(scores[KEY_METRIC_KID_MEAN])
 
@@ -78,26 +78,16 @@ def precision_recall(generated: Tensor, real: Tensor) -> dict[str, float]:
         real: float64, (M, D).
     """
     neighbours = min(NEIGHBOURS, len(generated) - 1, len(real) - 1)
+    largest = max(len(generated), len(real))
     scores = prc_features_to_metric(
         generated,
         real,
         prc_neighborhood=neighbours,
-        prc_batch_size=DISTANCE_ROWS,
+        prc_batch_size=max(1, DISTANCES // largest),  # rows against all columns
         save_cpu_ram=True,
         verbose=False,
     )
     return {"precision": scores[KEY_METRIC_PRECISION], "recall": scores[KEY_METRIC_RECALL]}
-
-
-def fid_floor(reference_a: LabelledImages, reference_b: LabelledImages, extractor: Extractor) -> float:
-    """FID between two public sets of real images: what a perfect generator would get."""
-    return fid(extractor.features(reference_a.images).double(), extractor.features(reference_b.images).double())
-
-
-@lru_cache(maxsize=2)
-def _reference_features(extractor: Extractor, images: Tensor) -> Tensor:
-    """Kept between the evaluations of a trial: Inception takes minutes for 10,000 images on a CPU."""
-    return extractor.features(images)
 
 
 def _bounded(distance: float) -> float:

@@ -241,6 +241,7 @@ def _problem(row: Row, facts: StudyFacts) -> tuple[str, str] | None:
     rules = (
         (row["state"] in ("failed", "diverged"), str(row["state"]), row["error"]),
         (row["state"] not in schema.ENDED, "unfinished", row["state"]),
+        (row["state"] == "stopped_early", "stopped early", None),
         (row["private"] != "true", NON_PRIVATE, None),
         (math.isnan(epsilon), "without epsilon", None),
         (epsilon > facts.target_epsilon, "above the target epsilon", f"{epsilon:g} > {facts.target_epsilon:g}"),

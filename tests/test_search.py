@@ -29,8 +29,9 @@ from dpsink.synthesis import sample_grid
 from dpsink.training import train
 from tune import search
 from tune.folder import StudyFolder
+from tune.memory import open_optuna
 from tune.preflight import check_study
-from tune.search import StudySearcher, config_id, open_optuna
+from tune.search import StudySearcher, config_id
 from tune.study import Study
 from tune.sweep import open_accounts
 
@@ -50,7 +51,7 @@ def make_study(tmp_path: Path, *, trials: int = 3, **changes: Any) -> Study:
         },
         "space": {"optimizer.lr": {"log_uniform": (1e-3, 1e-2)}},
         "algorithm": {"kind": "random", "trials": trials},
-        "objective": OBJECTIVE,
+        "objectives": [OBJECTIVE],
         "storage": tmp_path,
     }
     return Study.model_validate({**tree, **changes})
@@ -322,7 +323,7 @@ def test_baselines_are_nothing_to_optuna(start: Callable[..., Driver]) -> None:
 
 
 def test_a_proposal_whose_driver_died_before_it_was_recorded_is_given_up(driver: Driver) -> None:
-    driver.searcher._optuna.ask()
+    driver.searcher._memory.optuna.ask()
     driver.restart()
     assert driver.told() == {0: (Told.FAIL, None)}
     driver.suggest()
@@ -576,7 +577,7 @@ def test_every_proposal_of_a_selection_asks_the_operating_system(
     start_sealed: Callable[..., Driver], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver, asked = start_sealed(), []
-    monkeypatch.setattr(driver.searcher._optuna.sampler, "reseed_rng", lambda: asked.append(1))
+    monkeypatch.setattr(driver.searcher._memory.optuna.sampler, "reseed_rng", lambda: asked.append(1))
     driver.suggest_all()
     assert len(asked) == 3
 

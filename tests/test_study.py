@@ -16,7 +16,8 @@ from dpsink.privacy.plan import derive_plan
 from tune import preflight
 from tune.folder import StudyFolder
 from tune.preflight import check_storage, check_study
-from tune.study import Distribution, Study, load_study, merge
+from tune.space import Distribution
+from tune.study import Study, load_study, merge
 from tune.sweep import open_accounts
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -28,7 +29,7 @@ SMALL: dict[str, Any] = {
         "evaluation": {"samples": 100, "classifiers": ["logreg"]},
     },
     "space": {"optimizer.lr": {"log_uniform": [1e-3, 1e-2]}},
-    "objective": "accuracy_logreg",
+    "objectives": ["accuracy_logreg"],
 }
 
 
@@ -52,7 +53,7 @@ def refusal(tmp_path: Path, **changes: Any) -> str:
 
 
 def test_unknown_key_is_refused_with_the_nearest(tmp_path: Path) -> None:
-    assert "unknown key 'objectiv'; did you mean 'objective'?" in refusal(tmp_path, objectiv="fid")
+    assert "unknown key 'objectiv'; did you mean 'objectives'?" in refusal(tmp_path, objectiv=["fid"])
 
 
 def test_unknown_key_of_a_group_is_refused_with_the_nearest(tmp_path: Path) -> None:
@@ -140,12 +141,12 @@ def test_name_of_a_baseline_that_is_no_folder_is_refused(tmp_path: Path) -> None
 
 
 def test_unknown_objective_is_refused_with_the_nearest(tmp_path: Path) -> None:
-    assert "did you mean 'accuracy_logreg'?" in refusal(tmp_path, objective="accuracy_logref")
+    assert "did you mean 'accuracy_logreg'?" in refusal(tmp_path, objectives=["accuracy_logref"])
 
 
 @pytest.mark.parametrize("objective", ["accuracy", "accuracy_cnn"])
 def test_objective_that_no_trial_would_report_is_refused(tmp_path: Path, objective: str) -> None:
-    message = refusal(tmp_path, objective=objective)
+    message = refusal(tmp_path, objectives=[objective])
     assert f"objective '{objective}' needs evaluation.classifiers" in message
     assert "cnn" in message
 
@@ -242,8 +243,8 @@ def test_a_space_in_which_no_trial_affords_a_step_is_refused(tmp_path: Path) -> 
 def test_a_plan_counts_every_trial_at_its_worst(tmp_path: Path) -> None:
     space = {"privacy.noise_multiplier": {"uniform": [2, 5]}, "optimizer.lr": {"uniform": [1e-3, 1e-2]}}
     plan = check_study(load(tmp_path, space=space, algorithm={"trials": 3}, baselines={"base": {}}), None)
-    baseline, *searched = plan.terms.planned
-    assert baseline.noise_multiplier == 3
+    control, baseline, *searched = plan.terms.planned
+    assert (control.sample_rate, baseline.noise_multiplier) == (1, 3)
     assert len(searched) == 3
     assert {cost.noise_multiplier for cost in searched} == {2}
 
@@ -266,7 +267,7 @@ def test_every_study_that_ships_loads_and_plans(path: Path, digits: ImageData, m
     if data.name != "digits":  # not at hand: a plan asks for no more than the number of records
         monkeypatch.setattr(preflight, "load_dataset", lambda *_, **__: stand_in(digits, private_records(data)))
     plan = check_study(study, None)
-    assert len(plan.terms.planned) == len(study.baselines) + study.algorithm.trials
+    assert len(plan.terms.planned) == study.trials
 
 
 @pytest.mark.parametrize("path", sorted((EXPERIMENTS / "presets").glob("*.yaml")), ids=lambda path: path.stem)
@@ -308,7 +309,10 @@ def test_what_does_not_go_with_a_selection_is_refused(tmp_path: Path, changes: d
 
 
 def test_a_sealed_study_is_written_down_without_a_number_of_trials_and_a_seed(tmp_path: Path) -> None:
-    assert yaml.safe_load(load(tmp_path, **SEALED).to_yaml())["algorithm"] == {"kind": "random"}
+    assert yaml.safe_load(load(tmp_path, **SEALED).to_yaml())["algorithm"] == {
+        "kind": "random",
+        "seeds_per_configuration": 1,
+    }
 
 
 def test_a_sealed_study_needs_no_space(tmp_path: Path) -> None:
@@ -375,16 +379,17 @@ def noisy(**evaluation: Any) -> dict[str, Any]:
 
 def test_a_plan_counts_every_private_score_of_every_trial(tmp_path: Path) -> None:
     study = load(tmp_path, trial=noisy(points=3), algorithm={"trials": 2}, baselines={"base": {}})
-    assert check_study(study, None).terms.planned_scores == (TrialCost(1.0, 20.0, 3),) * 3
+    control, *rest = check_study(study, None).terms.planned_scores
+    assert (control, rest) == (TrialCost(1.0, 20.0, 1), [TrialCost(1.0, 20.0, 3)] * 3)
 
 
 def test_a_plan_counts_private_scores_at_their_worst(tmp_path: Path) -> None:
     space = {"privacy.score_noise": {"uniform": [10, 30]}}
     terms = check_study(load(tmp_path, trial=noisy(), space=space, algorithm={"trials": 2}), None).terms
-    assert terms.planned_scores == (TrialCost(1.0, 10.0, 1),) * 2
+    assert terms.planned_scores == (TrialCost(1.0, 20.0, 1), *[TrialCost(1.0, 10.0, 1)] * 2)
     assert (terms.adaptive, terms.adaptive_scores) == (False, True)
 
 
 @pytest.mark.parametrize("objective", ["fid", "variety"])
 def test_what_private_validation_images_do_not_tell_is_no_objective(tmp_path: Path, objective: str) -> None:
-    assert "needs data.validation=public" in refusal(tmp_path, trial=noisy(), objective=objective)
+    assert "needs data.validation=public" in refusal(tmp_path, trial=noisy(), objectives=[objective])

@@ -32,7 +32,7 @@ from tune import cli, cluster, schema
 from tune.choice import CHOSEN_BY, select_best
 from tune.cluster import Crashed, Interrupted
 from tune.folder import StudyFolder
-from tune.search import open_optuna
+from tune.memory import open_optuna
 from tune.study import Study, load_study
 from tune.summary import print_summary, summarise
 from tune.sweep import Outcome, only_one, run_study
@@ -67,7 +67,7 @@ def write_study(root: Path, name: str, *, steps: int = 20, points: int = 2, tria
         },
         "space": {"optimizer.lr": {"log_uniform": [1e-3, 1e-2]}},
         "algorithm": {"kind": "optuna", "trials": trials},
-        "objective": "accuracy_logreg",
+        "objectives": ["accuracy_logreg"],
         "test_samples": 100,
         "tracking": {"uri": f"sqlite:///{root}/mlflow.db"},
         "storage": str(root),

@@ -56,7 +56,7 @@ def _progress(study: "Study", document: dict[str, Any]) -> str:
     if study.sealed:
         return ""
     ended = sum(state in ENDED for state in document["trials"].values())
-    return f": {ended} of {len(study.baselines) + study.algorithm.trials} trials have ended"
+    return f": {ended} of {study.trials} trials have ended"
 
 
 @app.callback()

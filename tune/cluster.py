@@ -16,6 +16,7 @@ os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # and so are the word
 import ray
 from ray import tune
 from ray.exceptions import RayError
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from dpsink import console
 from dpsink.errors import InputError
@@ -79,6 +80,21 @@ class _Relay(tune.Callback):
         self.listener.failed(trial.config["trial"], _last_line(trial))
 
 
+class _Stopper(FIFOScheduler):
+    """Stops the trials that the study's scheduler gives up; its decisions are the searcher's, none are kept here."""
+
+    def __init__(self, should_stop: Callable[[str], bool]) -> None:
+        super().__init__()
+        self.should_stop = should_stop
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Ray pickles schedulers into a state of its own, which is never used here."""
+        return {}
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        return TrialScheduler.STOP if self.should_stop(trial.config["trial"]) else TrialScheduler.CONTINUE
+
+
 def run_on_ray(study: Study, folder: StudyFolder, searcher: StudySearcher, listener: Listener) -> None:
     """Runs the searcher's trials to the end.
 
@@ -105,6 +121,7 @@ def _tuner(study: Study, folder: StudyFolder, searcher: StudySearcher, relay: _R
         tune.with_resources(run_trial, {"cpu": study.resources.cpu}),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
+            scheduler=_Stopper(searcher.should_stop),
             num_samples=searcher.remaining,
             # Without a limit Ray asks for a trial before there is room for it, and starts workers one by one.
             max_concurrent_trials=study.resources.concurrency or slots,

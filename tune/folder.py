@@ -47,6 +47,7 @@ class StudyRecord(Strict):
     extractor: str = Field(description="with the number of images, e.g. classifier@180")
     objectives: tuple[str, ...]
     searched: tuple[str, ...] = Field(description="paths of the search space")
+    seeds: int = Field(default=1, description="trials of each configuration")
 
 
 class TrialRecord(Strict):
@@ -57,12 +58,18 @@ class TrialRecord(Strict):
     config_id: str
     config: TrialConfig
     params: dict[str, Any] = Field(default_factory=dict, description="searched path to chosen value")
-    number: int | None = Field(default=None, description="the searcher's own number")
+    number: int | None = Field(default=None, description="the searcher's own number of the configuration")
+    configuration: str | None = Field(default=None, description="what it is called, where it has several seeds")
     steps: int
     sample_rate: float
     noise_multiplier: float
     score_noise: float = 0.0
     score_releases: int = Field(default=0, description="scores on private validation records, at most")
+
+    @property
+    def label(self) -> str:
+        """What its configuration is called."""
+        return self.configuration or self.name
 
 
 class TrialEnd(Strict):

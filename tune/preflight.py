@@ -4,7 +4,7 @@ import itertools
 import math
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from dpsink.errors import InputError
 from dpsink.privacy.accounts import AccountTerms, TrialCosts
 from dpsink.privacy.ledger import TrialCost, planned_epsilon
 from dpsink.privacy.plan import PrivacyPlan, derive_plan
+from tune.space import active, conditions, grid
 from tune.study import Study
 
 # Searched paths that decide what a trial costs, in training and in scores; with none of them costs are fixed.
@@ -34,11 +35,15 @@ class StudyPlan:
     Attributes:
         data: the loaded data set, the same for all trials.
         terms: what the study asks of its privacy accounts.
+        baselines: the plan of each.
+        searched: plans that a searched trial may have: all of a grid, else those at the corners of the space.
         extractor: FID extractor with its number of images.
     """
 
     data: ImageData
     terms: AccountTerms
+    baselines: Mapping[str, PrivacyPlan]
+    searched: Sequence[PrivacyPlan]
     extractor: str
     delta: float
     target_epsilon: float
@@ -49,27 +54,32 @@ class StudyPlan:
 
 
 def check_study(study: Study, data_root: Path | None) -> StudyPlan:
-    """Loads the data, derives every plan, and finds what would fail later.
+    """Loads the data, derives every plan, and finds what would fail later. A grid has to afford all of its points.
 
     Raises:
         InputError: the first thing that is wrong, in one line.
     """
     configs = {name: study.baseline(name) for name in study.baselines}
-    corners = _corners(study)
-    common = _common_settings([*configs.values(), *corners])
+    fixed = study.algorithm.kind == "grid"
+    searched_configs = [study.configure(point) for point in grid(study.space)] if fixed else _corners(study)
+    common = _common_settings([*configs.values(), *searched_configs])
     data = load_dataset(common.data, root=data_root)
     if data.validation is None:
         raise InputError(
             f"study {study.name}: data.validation_size=0 leaves nothing to select on; set it (mnist: 5000)"
         )
     records = len(data.train)
-    baselines = [derive_plan(config, records) for config in configs.values()]
-    searched = _affordable(corners, records)
-    if study.sealed and len(corners) > 1:
-        searched += _affordable(_probes(study), records, needed=False)
+    baselines = {name: derive_plan(config, records) for name, config in configs.items()}
+    if fixed:
+        searched = [derive_plan(config, records) for config in searched_configs]
+    else:
+        searched = _affordable(searched_configs, records)
+    inside = _affordable(_probes(study), records, needed=False) if study.sealed and len(searched_configs) > 1 else []
     return StudyPlan(
         data=data,
-        terms=_account_terms(study, baselines, searched),
+        terms=_account_terms(study, list(baselines.values()), [*searched, *inside]),
+        baselines=baselines,
+        searched=searched,
         extractor=f"{common.evaluation.extractor}@{len(data.public_reference)}",
         delta=common.privacy.delta,
         target_epsilon=common.privacy.target_epsilon,
@@ -77,16 +87,21 @@ def check_study(study: Study, data_root: Path | None) -> StudyPlan:
 
 
 def _account_terms(study: Study, baselines: Sequence[PrivacyPlan], searched: Sequence[PrivacyPlan]) -> AccountTerms:
-    """What the accounts are asked to hold; `searched` has the plans that a searched trial may have."""
+    """What the accounts are asked to hold; `searched` has the plans that a searched trial may have.
+
+    A scheduler makes no cost adaptive: where a run stops may depend on all results, since it has then published a part
+    of what the planned run publishes (`ledger.composed_epsilon`); with fixed costs no other trial gets the rest.
+    """
     delta, private = searched[0].delta, searched[0].private
     first = [TrialCosts.of(plan) for plan in baselines]
     rest = [TrialCosts.of(plan) for plan in searched]
     scores = [one.scores for one in rest if one.scores]
+    fixed = study.algorithm.kind == "grid"
     return AccountTerms(
         planned=_planned(study, [one.training for one in first], [one.training for one in rest], delta),
         planned_scores=_planned(study, [one.scores for one in first if one.scores], scores, delta),
-        adaptive=not COSTLY.isdisjoint(study.space),
-        adaptive_scores=SCORE_NOISE in study.space or len(set(scores)) > 1,
+        adaptive=not fixed and not COSTLY.isdisjoint(study.space),
+        adaptive_scores=not fixed and (SCORE_NOISE in study.space or len(set(scores)) > 1),
         common={
             "delta": delta,
             "policy": study.ledger.policy,
@@ -103,8 +118,9 @@ def _planned(study: Study, first: list[TrialCost], rest: list[TrialCost], delta:
     if study.sealed:
         kinds = sorted(set(rest), key=lambda cost: (cost.sample_rate, cost.noise_multiplier, cost.steps))
         return tuple(kinds if len(kinds) == 1 else [_with_margin(cost) for cost in kinds])
-    worst = max(rest, key=lambda cost: _cost_of_ten(cost, delta))
-    return (*first, *[worst] * study.algorithm.trials)
+    if study.algorithm.kind != "grid":
+        rest = [max(rest, key=lambda cost: _cost_of_ten(cost, delta))] * study.configurations
+    return tuple(cost for cost in (*first, *rest) for _ in range(study.seeds))
 
 
 def _with_margin(cost: TrialCost) -> TrialCost:
@@ -123,26 +139,31 @@ def check_storage(folder: Path) -> None:
 
 def _corners(study: Study) -> list[TrialConfig]:
     """Trials at the corners of the dimensions that decide what a trial costs."""
-    costly = _costly(study)
-    corners = itertools.product(*(study.space[path].extremes for path in costly))
-    return [_with_costly(study, dict(zip(costly, corner, strict=True))) for corner in corners]
+    deciding = [path for path in study.space if path in _deciding(study)]
+    corners = itertools.product(*(study.space[path].extremes for path in deciding))
+    values = [_searched(study, dict(zip(deciding, corner, strict=True))) for corner in corners]
+    return [study.configure(one) for index, one in enumerate(values) if one not in values[:index]]
 
 
 def _probes(study: Study) -> list[TrialConfig]:
     """Trials inside the space, the same ones each time: what is planned may not depend on chance."""
     spread = random.Random(0)
+    paths = [path for path in study.space if path in _deciding(study)]
     return [
-        _with_costly(study, {path: study.space[path].at(spread.random()) for path in _costly(study)})
+        study.configure(_searched(study, {path: study.space[path].at(spread.random()) for path in paths}))
         for _ in range(PROBES)
     ]
 
 
-def _costly(study: Study) -> list[str]:
-    return [path for path in study.space if path.startswith("privacy.") and path != "privacy.clip_norm"]
+def _deciding(study: Study) -> set[str]:
+    """Dimensions that decide what a trial costs, and those that decide whether they are searched."""
+    costly = {path for path in study.space if path.startswith("privacy.") and path != "privacy.clip_norm"}
+    return costly.union(*(conditions(study.space, path) for path in costly))
 
 
-def _with_costly(study: Study, values: dict[str, Any]) -> TrialConfig:
-    return study.configure({path: space.extremes[0] for path, space in study.space.items()} | values)
+def _searched(study: Study, values: dict[str, Any]) -> dict[str, Any]:
+    """What is searched with these values, the others at their first."""
+    return active(study.space, {path: space.extremes[0] for path, space in study.space.items()} | values)
 
 
 def _common_settings(configs: list[TrialConfig]) -> TrialConfig:

@@ -1,12 +1,10 @@
 """The searcher: decides trials, writes each into the study folder before it starts, learns from its end.
 
-Ray asks `suggest`; baselines and unfinished trials of an earlier session come first, then Optuna proposes.
+Ray asks `suggest`; unfinished trials of an earlier session and baselines come first, then `tune.memory` proposes.
 What is decided lives in the study folder and in Optuna's journal, so that a study can be rebuilt at any time
 without Ray's own state.
 """
 
-import hashlib
-import json
 import logging
 import math
 import threading
@@ -14,9 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from ray.tune.search import Searcher
 
 from dpsink.config import TrialConfig, config_sha256
@@ -27,8 +22,10 @@ from dpsink.privacy.ledger import BudgetExhausted
 from dpsink.privacy.plan import derive_plan
 from dpsink.training import LEDGER, SCORE_LEDGER
 from tune import schema
+from tune.choice import FINAL, means
 from tune.folder import StudyFolder, TrialEnd, TrialRecord
-from tune.study import Distribution, Study
+from tune.memory import SearchMemory
+from tune.study import Study
 
 log = logging.getLogger("dpsink")
 
@@ -64,21 +61,19 @@ class StudySearcher(Searcher):
         self.worker, self.on_change = dict(worker), on_change
         self.refused: str | None = None  # why no further trial starts, where the study ends early
         self.names: dict[str, str] = {}  # Ray's trial id to our trial name
-        self._searched = accounts.trials or study.algorithm.trials  # the number of a selection's trials is secret
+        self._searched = accounts.trials or study.configurations  # the number of a selection's trials is secret
         self._running: set[str] = set()
         self._held: TrialRecord | None = None  # decided, and waiting for room in the accounts
         self._lock = threading.Lock()
         self._refuse_losses()
-        self._optuna = open_optuna(study, folder)
+        self._memory = SearchMemory(study, folder)
         self._waiting = self._unfinished()
-        self._forget_orphans()
+        self._memory.forget_orphans({record.number for record in folder.trials()})
 
     @property
     def remaining(self) -> int:
         """Trials still to be started, unfinished ones included."""
-        new_baselines = [name for name in self.study.baselines if f"baseline-{name}" not in self._known()]
-        searched = sum(record.role == schema.ROLE_SEARCH for record in self.folder.trials())
-        return len(self._waiting) + len(new_baselines) + max(0, self._searched - searched)
+        return len(self._waiting) + max(0, self._planned - len(self.folder.trials()))
 
     @property
     def unfinished(self) -> bool:
@@ -88,7 +83,11 @@ class StudySearcher(Searcher):
             return True
         # A selection that is short of trials has another distribution than the one that was accounted.
         ends_early = self.refused is not None and not self.study.sealed
-        return not ends_early and len(decided) < len(self.study.baselines) + self._searched
+        return not ends_early and len(decided) < self._planned
+
+    @property
+    def _planned(self) -> int:
+        return (len(self.study.baselines) + self._searched) * self.study.seeds
 
     def suggest(self, trial_id: str) -> Any:
         """Ray's question: a configuration, None for not now, or that there is none left."""
@@ -100,6 +99,13 @@ class StudySearcher(Searcher):
         self._running.add(record.name)
         self.on_change(record.name)
         return {**self.worker, "folder": str(self.folder.path), "trial": record.name}
+
+    def should_stop(self, name: str) -> bool:
+        """Whether the scheduler stops a trial after what it has reported; a baseline, or a trial run again, never."""
+        if self.study.scheduler.kind == "none":
+            return False
+        record = self.folder.read_trial(name)
+        return record.number is not None and self._memory.should_stop(record.number, self.folder.reports(name))
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Ray's message that a trial has ended; settles the ledger and tells Optuna."""
@@ -133,63 +139,97 @@ class StudySearcher(Searcher):
         # A failed trial may be tried again, so it stays charged with its worst case.
         if state != "failed":
             self.accounts.settle(name, self._charged(record))
-        self._tell(record, state, last.metrics.get(self.study.objective) if last else None)
+        if record.number is not None:
+            self._tell(record.number, {name: state})
         self.folder.end_trial(name, TrialEnd(state=state, error=error))
         self.on_change(name)
 
-    def _tell(self, record: TrialRecord, state: str, value: float | None) -> None:
-        if record.number is None:
+    def _tell(self, number: int, ending: Mapping[str, str]) -> None:
+        """Tells Optuna of a configuration when the last of its seeds ends, which is not in the folder yet."""
+        names = [record.name for record in self.folder.trials() if record.number == number]
+        ends = {name: self.folder.end_of(name) for name in names}
+        states = [ending.get(name) or (end.state if (end := ends[name]) else None) for name in names]
+        if len(names) < self.study.seeds or None in states:
             return
-        outcome = optuna.trial.TrialState.COMPLETE
-        if state == "stopped_early":
-            outcome, value = optuna.trial.TrialState.PRUNED, None
-        elif state == "failed" or value is None or math.isnan(value):
-            outcome, value = optuna.trial.TrialState.FAIL, None
-        self._optuna.tell(record.number, value, state=outcome, skip_if_finished=True)
+        reports = [self.folder.reports(name) for name in names]
+        if all(state in FINAL for state in states):
+            mean = means([told[-1].metrics for told in reports])
+            self._memory.tell(number, [mean.get(name, math.nan) for name in self.study.objectives])
+        elif states == ["stopped_early"]:  # one seed alone: a scheduler serves no others
+            self._memory.tell_stopped(number, reports[0])
+        else:
+            self._memory.give_up(number)
 
     def _next_record(self) -> TrialRecord | None:
         if self._waiting:
             return self._waiting.pop(0)
         if self.refused is not None:
             return None
-        record = self._held or self._next_baseline() or self._next_proposal()
+        record = self._held or self._next_baseline() or self._next_seed() or self._next_proposal()
         return self._start(record) if record else None
 
     def _next_baseline(self) -> TrialRecord | None:
         known = self._known()
-        new = (name for name in self.study.baselines if f"baseline-{name}" not in known)
-        return next((self._baseline_record(name) for name in new), None)
+        new = (
+            (name, seed)
+            for name in self.study.baselines
+            for seed in range(self.study.seeds)
+            if self._name(f"baseline-{name}", seed) not in known
+        )
+        return next((self._baseline_record(name, seed) for name, seed in new), None)
+
+    def _next_seed(self) -> TrialRecord | None:
+        """The next seed of a configuration that does not have all of them yet."""
+        started: dict[int | None, list[TrialRecord]] = {}
+        for record in self.folder.trials() if self.study.seeds > 1 else ():
+            if record.role == schema.ROLE_SEARCH:
+                started.setdefault(record.number, []).append(record)
+        short = (group for group in started.values() if len(group) < self.study.seeds)
+        return next((self._seeded(group[0], len(group)) for group in short), None)
+
+    def _seeded(self, first: TrialRecord, seed: int) -> TrialRecord:
+        """A configuration's first trial with another seed."""
+        config = first.config.model_copy(update={"seed": first.config.seed + seed})
+        return first.model_copy(update={"name": self._name(first.label, seed), "config": config})
+
+    def _name(self, label: str, seed: int) -> str:
+        return f"{label}-{seed + 1}" if self.study.seeds > 1 else label
 
     def _next_proposal(self) -> TrialRecord | None:
-        searched = sum(record.role == schema.ROLE_SEARCH for record in self.folder.trials())
+        searched = len({record.number for record in self.folder.trials() if record.role == schema.ROLE_SEARCH})
         if searched >= self._searched:
             return None
         for _ in range(MOST_SKIPS):
-            if record := self._propose(f"trial-{searched + 1:04d}"):
+            if record := self._propose(searched):
                 return record
         self._refuse(f"{MOST_SKIPS} proposals in a row could not be afforded; narrow the space to what can")
         return None
 
-    def _propose(self, name: str) -> TrialRecord | None:
-        if self.study.sealed:  # a sequence that anybody can repeat would tell the winner's place in it
-            self._optuna.sampler.reseed_rng()
-        trial = self._optuna.ask()
-        params = {path: draw(trial, path, space) for path, space in self.study.space.items()}
-        config = self.study.configure(params)
+    def _propose(self, index: int) -> TrialRecord | None:
+        number, params = self._memory.ask(index)
         try:
-            record = make_record(name, schema.ROLE_SEARCH, config, self.records, params, trial.number)
+            config = self.study.configure(params)
+            record = self._make_record(f"trial-{index + 1:04d}", schema.ROLE_SEARCH, config, params, number)
             if self.accounts.covers(cost_of(record)):
                 return record
             self._say("skipped a proposal: it costs more than what was planned")
         except InputError as error:
             # A corner of the space where no step is affordable: it costs nothing, and Optuna learns to avoid it.
             self._say(f"skipped a proposal: {error}")
-        self._give_up(trial.number)
+        self._memory.give_up(number)
         return None
 
-    def _give_up(self, number: int) -> None:
-        """Tells Optuna that nothing will come of what it proposed."""
-        self._optuna.tell(number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
+    def _make_record(
+        self, label: str, role: Any, config: TrialConfig, params: dict[str, Any], number: int | None
+    ) -> TrialRecord:
+        """A configuration's first trial with its derived plan; raises InputError where the budget allows no step."""
+        plan = derive_plan(config, self.records)
+        return TrialRecord(
+            name=self._name(label, 0), role=role, config=config, params=params, number=number,
+            config_id=config_id(config), configuration=label if self.study.seeds > 1 else None,
+            steps=plan.steps, sample_rate=plan.sample_rate, noise_multiplier=plan.noise_multiplier,
+            score_noise=plan.score_noise, score_releases=plan.score_releases,
+        )  # fmt: skip
 
     def _start(self, record: TrialRecord) -> TrialRecord | None:
         """Records and admits a trial; one without room is held as long as others, which may leave some, run."""
@@ -202,7 +242,7 @@ class StudySearcher(Searcher):
                 return None
             self._refuse(str(refusal))
             if record.number is not None:
-                self._give_up(record.number)
+                self._memory.give_up(record.number)
             return None
         # In this order a driver that dies in between leaves a trial that was decided, and is admitted when it is found.
         self.folder.add_trial(record)
@@ -218,8 +258,9 @@ class StudySearcher(Searcher):
         if not self.study.sealed:
             log.warning(text)
 
-    def _baseline_record(self, name: str) -> TrialRecord:
-        return make_record(f"baseline-{name}", schema.ROLE_BASELINE, self.study.baseline(name), self.records, {}, None)
+    def _baseline_record(self, name: str, seed: int) -> TrialRecord:
+        config = self.study.baseline(name)
+        return self._seeded(self._make_record(f"baseline-{name}", schema.ROLE_BASELINE, config, {}, None), seed)
 
     def _unfinished(self) -> list[TrialRecord]:
         found = [record for record in self.folder.trials() if self.folder.end_of(record.name) is None]
@@ -246,27 +287,8 @@ class StudySearcher(Searcher):
                 self._say(f"{record.name} stays charged with its worst case: {error}")
         return charged
 
-    def _forget_orphans(self) -> None:
-        """Proposals whose driver died before it had recorded their trial."""
-        recorded = {record.number for record in self.folder.trials()}
-        for trial in self._optuna.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,)):
-            if trial.number not in recorded:
-                self._give_up(trial.number)
-
     def _known(self) -> set[str]:
         return {record.name for record in self.folder.trials()}
-
-
-def make_record(
-    name: str, role: Any, config: TrialConfig, records: int, params: dict[str, Any], number: int | None
-) -> TrialRecord:
-    """A trial with its derived plan; raises InputError where the budget allows no step."""
-    plan = derive_plan(config, records)
-    return TrialRecord(
-        name=name, role=role, config=config, params=params, number=number, config_id=config_id(config),
-        steps=plan.steps, sample_rate=plan.sample_rate, noise_multiplier=plan.noise_multiplier,
-        score_noise=plan.score_noise, score_releases=plan.score_releases,
-    )  # fmt: skip
 
 
 def config_id(config: TrialConfig) -> str:
@@ -279,42 +301,3 @@ def cost_of(record: TrialRecord) -> TrialCosts:
     return TrialCosts.make(
         record.sample_rate, record.noise_multiplier, record.steps, record.score_noise, record.score_releases
     )
-
-
-def open_optuna(study: Study, folder: StudyFolder) -> optuna.Study:
-    """The study's Optuna study, in a journal file of its folder; the same one on resume."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    folder.search.mkdir(parents=True, exist_ok=True)
-    journal = folder.search / "optuna.log"
-    # Left by a driver that was killed; Optuna would wait for half a minute. One sweep at a time has the folder.
-    journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
-    storage = JournalStorage(JournalFileBackend(str(journal)))
-    opened = optuna.create_study(
-        study_name=study.name, storage=storage, load_if_exists=True,
-        direction="minimize" if schema.mode_of(study.objective) == "min" else "maximize",
-    )  # fmt: skip
-    # A sampler restarted with the same seed would repeat its first proposals.
-    opened.sampler = make_sampler(study, offset=len(opened.trials))
-    return opened
-
-
-def make_sampler(study: Study, offset: int) -> optuna.samplers.BaseSampler:
-    """The sampler of the study's algorithm; a sealed study's is seeded by the operating system."""
-    if study.sealed:
-        return optuna.samplers.RandomSampler()
-    digest = hashlib.sha256(json.dumps([study.algorithm.seed, offset]).encode()).digest()
-    seed = int.from_bytes(digest[:4], "big")
-    if study.algorithm.kind == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    startup = max(4, min(10, study.algorithm.trials // 3))
-    return optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True, n_startup_trials=startup)
-
-
-def draw(trial: optuna.Trial, path: str, space: Distribution) -> Any:
-    """One value of one dimension."""
-    if space.choice is not None:
-        return trial.suggest_categorical(path, space.choice)
-    if space.integer is not None:
-        return trial.suggest_int(path, *space.integer)
-    low, high = space.bounds
-    return trial.suggest_float(path, low, high, log=space.log_uniform is not None)

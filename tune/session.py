@@ -102,7 +102,7 @@ class Session:
         return statement.to_dict()
 
     def _conclude(self) -> None:
-        for record in chosen_trials(self.folder, self.study.objective):
+        for record in chosen_trials(self.folder, self.study.objectives):
             judge_once(self.study, self.folder, record, self.data_root)
             self.tracker.poke(record.name)
 
@@ -140,8 +140,7 @@ class Session:
         return StudySearcher(self.study, self.work, self.accounts, records, worker, self.changed)
 
     def _make_board(self) -> Any:
-        total = len(self.study.baselines) + self.study.algorithm.trials
-        return Board(f"study {self.study.name}", total, self.study.objective)
+        return Board(f"study {self.study.name}", self.study.trials, self.study.objective)
 
     def _restore_board(self) -> None:
         for record in self.folder.trials():

@@ -1,4 +1,4 @@
-"""The study file: base trial, baselines, search space, algorithm, objective, ledger, where results go."""
+"""The study file: base trial, baselines, space, algorithm, scheduler, objectives, ledger, where results go."""
 
 import math
 import re
@@ -9,68 +9,41 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from dpsink.config import EvaluationConfig, Strict, TrialConfig, flatten, nearest, read_yaml, set_path, validate
+from dpsink.config import DataConfig, EvaluationConfig, Strict, TrialConfig, flatten, nearest, read_yaml, validate
 from dpsink.errors import InputError
 from dpsink.privacy.ledger import Policy, Selection
 from tune import schema
+from tune.space import Distribution, activations, active, check_conditions, grid
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Not to be searched: which records are private, what is promised, and what the trials are compared by.
 COMMON = ("data.", "privacy.target_epsilon", "privacy.delta", "evaluation.")
-
-
-class Distribution(Strict):
-    """One dimension of the search space: exactly one of the four keys."""
-
-    uniform: tuple[float, float] | None = None
-    log_uniform: tuple[float, float] | None = None
-    integer: tuple[int, int] | None = Field(default=None, alias="int")
-    choice: tuple[Any, ...] | None = None
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> "Distribution":
-        given = [value for _, value in self if value is not None]
-        if len(given) != 1:
-            raise ValueError("give exactly one of uniform, log_uniform, int, choice")
-        if self.choice is not None:
-            if not self.choice:
-                raise ValueError("choice must list at least one value")
-            return self
-        low, high = self.bounds
-        if not -math.inf < low < high < math.inf:
-            raise ValueError(f"[{low}, {high}] must be [low, high] with low < high, both finite")
-        if self.log_uniform is not None and low <= 0:
-            raise ValueError(f"log_uniform [{low}, {high}] must start above 0")
-        return self
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """(low, high) of a numeric dimension."""
-        bounds = self.uniform or self.log_uniform or self.integer
-        assert bounds is not None
-        return bounds
-
-    @property
-    def extremes(self) -> tuple[Any, ...]:
-        """Values at the edge of the dimension, for the preflight: all choices, or both bounds."""
-        return self.choice if self.choice is not None else self.bounds
-
-    def at(self, quantile: float) -> Any:
-        """The value below which that part in [0, 1) of the proposals lies."""
-        if self.choice is not None:
-            return self.choice[int(quantile * len(self.choice))]
-        low, high = self.bounds
-        if self.integer is not None:
-            return int(low + quantile * (high - low + 1))
-        return low * (high / low) ** quantile if self.log_uniform is not None else low + quantile * (high - low)
+KIND = "generator.kind"  # the one setting that decides which others there are
 
 
 class Algorithm(Strict):
     """How configurations are proposed."""
 
-    kind: Literal["random", "optuna"] = "random"
-    trials: int = Field(default=10, ge=1, le=100_000, description="searched trials, besides the baselines")
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    kind: Literal["random", "grid", "optuna"] = "random"
+    trials: int = Field(
+        default=10, ge=1, le=100_000, description="searched configurations, besides the baselines; a grid has its own"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of the proposals, public")
+    seeds_per_configuration: int = Field(
+        default=1, ge=1, le=1000, description="trials of each configuration and baseline; they differ in their seed"
+    )
+
+
+class Scheduler(Strict):
+    """Which trials are stopped before their budget is spent."""
+
+    kind: Literal["none", "asha"] = Field(
+        default="none", description="asha: asynchronous successive halving (Li et al. 2020)"
+    )
+    grace: float = Field(default=0.1, ge=0.01, lt=1, description="part of its budget that every trial runs")
+    reduction: int = Field(
+        default=3, ge=2, le=100, description="one trial in so many goes on, and as many times further"
+    )
 
 
 class Resources(Strict):
@@ -78,6 +51,9 @@ class Resources(Strict):
 
     cpu: float = Field(default=1, gt=0, le=1024)
     concurrency: int = Field(default=0, ge=0, description="trials at the same time; 0: as many as fit")
+    price_per_hour: float | None = Field(
+        default=None, ge=0, description="of all machines together, in any currency; for the estimate of --dry-run"
+    )
 
 
 class SelectionConfig(Strict):
@@ -125,13 +101,21 @@ class Study(Strict):
     """A hyperparameter study, whole."""
 
     name: str
+    preset: Path | None = Field(
+        default=None, description="YAML of a trial that `trial` is merged into; relative to the study file's folder"
+    )
     trial: dict[str, Any] = Field(default_factory=dict, description="the base trial's settings")
     baselines: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="name to settings merged into the base trial; run first"
+        default_factory=dict,
+        description="name to settings merged into the base trial; run first. Without one of generator.kind class_mean "
+        "the control is added",
     )
     space: dict[str, Distribution] = Field(default_factory=dict, description="dotted path to distribution")
     algorithm: Algorithm = Algorithm()
-    objective: str = Field(default="accuracy", description="validation metric that the search optimises")
+    scheduler: Scheduler = Scheduler()
+    objectives: tuple[str, ...] = Field(
+        default=("accuracy",), description="validation metrics that the search optimises; the first ranks"
+    )
     test_samples: int = Field(default=5000, ge=20, description="samples to judge the chosen runs by")
     resources: Resources = Resources()
     ledger: LedgerConfig = LedgerConfig()
@@ -145,11 +129,23 @@ class Study(Strict):
             raise ValueError("must be letters, digits, '.', '_' or '-', at most 64")
         return value
 
-    @field_validator("objective")
+    @field_validator("objectives", mode="before")
     @classmethod
-    def _objective_exists(cls, value: str) -> str:
-        if value not in schema.QUALITY:
-            raise ValueError(f"unknown metric{nearest(value, schema.QUALITY)}")
+    def _objectives_are_listed(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(f"must be a list, such as [{value}]")
+        return value
+
+    @field_validator("objectives")
+    @classmethod
+    def _objectives_exist(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("must name at least one metric, such as [accuracy]")
+        for name in value:
+            if name not in schema.QUALITY:
+                raise ValueError(f"unknown metric '{name}'{nearest(name, schema.QUALITY)}")
+        if len(set(value)) < len(value):
+            raise ValueError("must name each metric once")
         return value
 
     @field_validator("baselines")
@@ -158,6 +154,12 @@ class Study(Strict):
         for name in value:
             if not NAME.fullmatch(name):
                 raise ValueError(f"baseline '{name}' must be named with letters, digits, '.', '_' or '-'")
+        return value
+
+    @field_validator("space")
+    @classmethod
+    def _conditions_can_be_met(cls, value: dict[str, Distribution]) -> dict[str, Distribution]:
+        check_conditions(value)
         return value
 
     @model_validator(mode="after")
@@ -169,19 +171,76 @@ class Study(Strict):
         for field in ("trials", "seed"):
             if field in self.algorithm.model_fields_set:
                 raise ValueError(f"algorithm.{field} is drawn in secret under release_best: leave it out")
+        if self.algorithm.seeds_per_configuration > 1:
+            raise ValueError("algorithm.seeds_per_configuration must be 1 under release_best: each trial is drawn anew")
+        if self.scheduler.kind != "none":
+            raise ValueError("scheduler.kind must be none under release_best: its trials may not know of each other")
+        if len(self.objectives) > 1:
+            raise ValueError("objectives must be one under release_best: it publishes one winner")
         if self.baselines:
             raise ValueError("baselines are no part of what release_best selects from: run them as their own study")
         return self
+
+    @model_validator(mode="after")
+    def _grid_is_finite(self) -> "Study":
+        pointed = [path for path, dimension in self.space.items() if dimension.points is not None]
+        if self.algorithm.kind != "grid":
+            if pointed:
+                raise ValueError(f"space.{pointed[0]}.points is for algorithm.kind=grid: leave it out")
+            return self
+        if "trials" in self.algorithm.model_fields_set:
+            raise ValueError("algorithm.trials follows from the space of a grid: leave it out")
+        if endless := [path for path, dimension in self.space.items() if not dimension.grid]:
+            raise ValueError(f"space.{endless[0]} needs points, the number of its values, on a grid")
+        self.configurations  # noqa: B018 (raises where they are too many)
+        return self
+
+    @model_validator(mode="after")
+    def _stopping_is_fair(self) -> "Study":
+        if self.scheduler.kind == "none":
+            return self
+        if len(self.objectives) > 1:
+            raise ValueError("scheduler.kind must be none with several objectives: which run is worse is not decided")
+        if self.algorithm.seeds_per_configuration > 1:
+            raise ValueError(
+                "scheduler.kind must be none with seeds_per_configuration > 1: the mean needs every seed to its end"
+            )
+        return self
+
+    @property
+    def objective(self) -> str:
+        """The metric that ranks: the first objective."""
+        return self.objectives[0]
 
     @property
     def sealed(self) -> bool:
         """Whether only the winner is published, and all else about the trials stays secret."""
         return self.ledger.policy == "release_best"
 
+    @property
+    def seeds(self) -> int:
+        """Trials of each configuration."""
+        return self.algorithm.seeds_per_configuration
+
+    @property
+    def configurations(self) -> int:
+        """Searched configurations; of a sealed study their number is drawn, and this one means nothing."""
+        return len(grid(self.space)) if self.algorithm.kind == "grid" else self.algorithm.trials
+
+    @property
+    def trials(self) -> int:
+        """All trials: each configuration and each baseline with each seed."""
+        return (len(self.baselines) + self.configurations) * self.seeds
+
     def to_yaml(self) -> str:
-        """All settings, as the study's folder keeps them; of a sealed study without those that it does not have."""
-        unused = {"algorithm": {"trials", "seed"}} if self.sealed else {"ledger": {"selection"}}
-        return yaml.safe_dump(self.model_dump(mode="json", exclude=unused), sort_keys=False, allow_unicode=True)
+        """All settings as a study file: what the study's folder keeps. Settings that do not apply are left out."""
+        unused: dict[str, Any] = {"preset": True}
+        if self.sealed:
+            unused |= {"algorithm": {"trials", "seed"}}
+        else:
+            unused |= {"ledger": {"selection"}} | ({"algorithm": {"trials"}} if self.algorithm.kind == "grid" else {})
+        tree = self.model_dump(mode="json", by_alias=True, exclude=unused)
+        return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
     def configure(self, params: Mapping[str, Any]) -> TrialConfig:
         """The base trial with searched values put in.
@@ -189,10 +248,7 @@ class Study(Strict):
         Raises:
             InputError: a path that does not exist, a value out of range.
         """
-        tree = merge(self.trial, {})
-        for path, value in params.items():
-            set_path(tree, path, value)
-        return validate(TrialConfig, tree, source=f"study {self.name}")
+        return validate(TrialConfig, merge(self.trial, params), source=f"study {self.name}")
 
     def baseline(self, name: str) -> TrialConfig:
         """A baseline's trial: its settings merged into the base."""
@@ -201,32 +257,77 @@ class Study(Strict):
 
 
 def load_study(path: Path) -> Study:
-    """Reads and checks a study file, its baselines and its space.
+    """Reads and checks a study file, its preset, its baselines and its space.
 
     Raises:
         InputError: unknown key, a search path that does not exist, a value out of range.
     """
-    study = validate(Study, read_yaml(path), source=str(path))
-    known = _known_paths(study)
+    study = _with_preset(validate(Study, read_yaml(path), source=str(path)), path.parent)
     for dotted in study.space:
-        if dotted not in known:
-            raise InputError(f"{path}: space path '{dotted}' does not exist{nearest(dotted, known)}")
-        if dotted.startswith(COMMON):
-            raise InputError(f"{path}: space path '{dotted}' must be the same in all trials; set it in trial instead")
-    first = {dotted: space.extremes[0] for dotted, space in study.space.items()}
-    trials = [study.configure(first)]
-    for dotted, space in study.space.items():
-        trials += [study.configure({**first, dotted: value}) for value in space.extremes]
-    trials += [study.baseline(name) for name in study.baselines]
-    for trial in trials:
-        _check_objective(study, trial)
+        _check_path(study, dotted, path)
+    searched = [study.configure(values) for values in edges(study)]
+    study = _with_control(study, searched[0])
+    for trial in searched:
+        _check_rungs(study, trial)
+    for trial in [*searched, *(study.baseline(name) for name in study.baselines)]:
+        _check_objectives(study, trial)
     return study
+
+
+def edges(study: Study) -> list[dict[str, Any]]:
+    """Searched values with each dimension at each edge, under each of its conditions, the others at their first."""
+    first = {dotted: space.extremes[0] for dotted, space in study.space.items()}
+    return [active(study.space, first)] + [
+        active(study.space, {**first, **conditions, dotted: value})
+        for dotted, space in study.space.items()
+        for conditions in activations(study.space, dotted)
+        for value in space.extremes
+    ]
+
+
+def _with_preset(study: Study, folder: Path) -> Study:
+    """The study with its preset in its trial, so that it stands on its own."""
+    if study.preset is None:
+        return study
+    trial = merge(read_yaml(folder / study.preset), study.trial)
+    return study.model_copy(update={"preset": None, "trial": trial})
+
+
+CONTROL = "control"
+# Shape and pixels of data sets that need no look at their files.
+_PIXELS = {"digits": (1, 8), "mnist": (1, 28), "fashion_mnist": (1, 28)}
+
+
+def _with_control(study: Study, trial: TrialConfig) -> Study:
+    """The study with the class-mean control among its baselines: without it an accuracy means nothing."""
+    kinds = {name: study.baseline(name).generator.kind for name in study.baselines}
+    # Without privacy there is no ε to compare at; a selection has no baselines.
+    if study.sealed or not trial.privacy.private or "class_mean" in kinds.values():
+        return study
+    if CONTROL in kinds:
+        raise InputError(
+            f"baseline '{CONTROL}' must be of generator.kind=class_mean, not {kinds[CONTROL]}: every study has it; "
+            "give this one another name"
+        )
+    privacy = {"noise_multiplier": None, "steps": None, "step_limit": None, "clip_norm": _control_clip(trial.data)}
+    control = {"generator": {"kind": "class_mean"}, "privacy": privacy}
+    return study.model_copy(update={"baselines": {CONTROL: control, **study.baselines}})
+
+
+def _control_clip(data: DataConfig) -> float:
+    """√(channels) · side / 2: half the largest norm of an image with pixels in [0, 1], about that of a real one."""
+    channels, side = _PIXELS.get(data.name, (3, 32))
+    channels = {"grey": 1, "colour": 3, None: channels}[data.colour]
+    return round(math.sqrt(channels) * (data.size or side) / 2, 2)
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings with changes put over them; a group of another `kind` replaces the whole group.
 
     Keys of `changes` may be dotted paths.
+
+    Raises:
+        InputError: a path leads through a value.
     """
     merged = {key: merge(value, {}) if isinstance(value, Mapping) else value for key, value in base.items()}
     # A `kind` comes before what it is the kind of: it replaces the group.
@@ -234,6 +335,8 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
         head, _, rest = key.partition(".")
         value = {rest: value} if rest else value
         old = merged.get(head)
+        if rest and old is not None and not isinstance(old, Mapping):
+            raise InputError(f"'{key}': '{head}' is a value, not a group of settings")
         if isinstance(value, Mapping) and isinstance(old, Mapping) and not _other_kind(old, value):
             merged[head] = merge(old, value)
         else:
@@ -245,23 +348,58 @@ def _other_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     return "kind" in new and new["kind"] != old.get("kind", "conv_cond")
 
 
-def _known_paths(study: Study) -> set[str]:
-    """Paths of a trial with the base's kind of generator, whatever its values are."""
+def _check_path(study: Study, dotted: str, path: Path) -> None:
+    known = _known_paths(study, dotted)
+    if dotted not in known:
+        raise InputError(f"{path}: space path '{dotted}' does not exist{nearest(dotted, known)}")
+    if dotted.startswith(COMMON):
+        raise InputError(f"{path}: space path '{dotted}' must be the same in all trials; set it in trial instead")
+    if dotted == "seed":
+        raise InputError(f"{path}: space path 'seed' is not searched; set algorithm.seeds_per_configuration instead")
+
+
+def _known_paths(study: Study, dotted: str) -> set[str]:
+    """Paths of a trial with every kind of generator with which a dimension is searched, whatever its values are."""
     generator = study.trial.get("generator")
-    kind = generator.get("kind", "conv_cond") if isinstance(generator, Mapping) else "conv_cond"
+    base = generator.get("kind", "conv_cond") if isinstance(generator, Mapping) else "conv_cond"
+    kinds = {values.get(KIND, base) for values in activations(study.space, dotted, also=(KIND,))}
+    return set.intersection(*(setting_paths(kind, study.name) for kind in kinds or {base}))
+
+
+def setting_paths(kind: str, source: str) -> set[str]:
+    """Dotted paths of a trial whose generator is of that kind.
+
+    Raises:
+        InputError: there is no such kind.
+    """
     privacy = {} if kind == "class_mean" else {"noise_multiplier": 1.0}
-    shape = validate(TrialConfig, {"generator": {"kind": kind}, "privacy": privacy}, source=study.name)
-    return set(flatten(shape))
+    return set(flatten(validate(TrialConfig, {"generator": {"kind": kind}, "privacy": privacy}, source=source)))
 
 
-def _check_objective(study: Study, trial: TrialConfig) -> None:
+def _check_rungs(study: Study, trial: TrialConfig) -> None:
+    """A scheduler that no report but the last ever meets would stop nothing."""
+    points, scheduler = trial.evaluation.points, study.scheduler
+    if scheduler.kind != "none" and (points - 1) / points < scheduler.grace:
+        needed = math.ceil(1 / (1 - scheduler.grace))
+        raise InputError(
+            f"study {study.name}: evaluation.points={points} gives scheduler.grace={scheduler.grace:g} no report "
+            f"before the end of a trial; set at least {max(2, needed)}"
+        )
+
+
+def _check_objectives(study: Study, trial: TrialConfig) -> None:
     """Every trial has to report what the search optimises."""
+    for objective in study.objectives:
+        _check_objective(study, objective, trial)
+
+
+def _check_objective(study: Study, objective: str, trial: TrialConfig) -> None:
     every = EvaluationConfig().classifiers
-    needed = every if study.objective == "accuracy" else [n for n in every if study.objective == f"accuracy_{n}"]
+    needed = every if objective == "accuracy" else [n for n in every if objective == f"accuracy_{n}"]
     if not needed and trial.data.validation == "private":
-        raise InputError(f"study {study.name}: objective '{study.objective}' needs data.validation=public")
+        raise InputError(f"study {study.name}: objective '{objective}' needs data.validation=public")
     if missing := [name for name in needed if name not in trial.evaluation.classifiers]:
         raise InputError(
-            f"study {study.name}: objective '{study.objective}' needs evaluation.classifiers to hold "
+            f"study {study.name}: objective '{objective}' needs evaluation.classifiers to hold "
             f"{', '.join(missing)}; add it, or choose another objective"
         )

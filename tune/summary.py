@@ -1,11 +1,13 @@
 """What a study says at its end: baselines and best side by side, its cost, and where to look."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dpsink import console
 from dpsink.privacy.ledger import PrivacyStatement
 from tune import schema
+from tune.choice import by_configuration, configurations, means, pareto_front
 from tune.folder import TrialRecord
 from tune.study import Study
 from tune.sweep import Outcome
@@ -17,15 +19,17 @@ def summarise(outcome: Outcome, study: Study) -> dict[str, Any]:
     """The study's end as one JSON-able document."""
     folder = outcome.folder
     states = {record.name: folder.end_of(record.name) for record in folder.trials()}
-    chosen = [record for record in folder.trials() if record.role == schema.ROLE_BASELINE]
-    chosen += [outcome.best] if outcome.best else []
+    groups = by_configuration(folder.trials())
+    chosen = [group for group in groups if group[0].role == schema.ROLE_BASELINE]
+    chosen += [group for group in groups if outcome.best in group]
     return {
         "study": study.name,
         "trials": {name: end.state if end else "unfinished" for name, end in states.items()},
         "failed": {name: end.error for name, end in states.items() if end and end.state == "failed"},
         "best": outcome.best.name if outcome.best else None,
-        "objective": study.objective,
-        "runs": [_describe(outcome, record) for record in chosen],
+        "objectives": list(study.objectives),
+        "runs": [_describe(outcome, group) for group in chosen],
+        "front": _front(outcome, study),
         "statement": outcome.statement,
         "ended_early": outcome.ended_early,
         "seconds": round(outcome.seconds, 1),
@@ -37,6 +41,7 @@ def summarise(outcome: Outcome, study: Study) -> dict[str, Any]:
 def print_summary(document: dict[str, Any]) -> None:
     """The document for people."""
     _print_runs(document)
+    _print_front(document)
     out = console.out
     out.print()
     out.print(PrivacyStatement.from_dict(document["statement"]).text(), markup=False, soft_wrap=True)
@@ -64,17 +69,39 @@ def _print_runs(document: dict[str, Any]) -> None:
     console.out.print(made)
 
 
-def _describe(outcome: Outcome, record: TrialRecord) -> dict[str, Any]:
-    reports = outcome.folder.reports(record.name)
-    best = outcome.best is not None and record.name == outcome.best.name
+def _print_front(document: dict[str, Any]) -> None:
+    if not document["front"]:
+        return
+    names = document["objectives"]
+    made = console.table("", *names, title="Pareto front, on validation")
+    for one in document["front"]:
+        made.add_row(one["name"], *[console.metric_text(one["metrics"][name]) for name in names])
+    console.out.print(made)
+
+
+def _front(outcome: Outcome, study: Study) -> list[dict[str, Any]]:
+    """What is best by several objectives, best by the first one first; nothing with one alone."""
+    if len(study.objectives) == 1:
+        return []
+    front = pareto_front(configurations(outcome.folder, study.objective), study.objectives)
+    return [{"name": one.name, "metrics": {name: one.metrics[name] for name in study.objectives}} for one in front]
+
+
+def _describe(outcome: Outcome, records: Sequence[TrialRecord]) -> dict[str, Any]:
+    """A configuration: means over its seeds, and the largest ε and steps among them."""
+    first, best = records[0], outcome.best is not None and outcome.best in records
+    lasts = [reports[-1] for record in records if (reports := outcome.folder.reports(record.name))]
+    tests = [metrics for record in records if (metrics := outcome.folder.test_metrics(record.name))]
+    label = f"best: {first.label}" if best else first.label.removeprefix("baseline-")
     return {
-        "name": record.name,
-        "label": f"best: {record.name}" if best else record.name.removeprefix("baseline-"),
-        "epsilon": reports[-1].epsilon if reports else None,
-        "steps": reports[-1].step if reports else None,
-        "validation": reports[-1].metrics if reports else {},
-        "test": outcome.folder.test_metrics(record.name),
-        "params": record.params,
+        "name": outcome.best.name if best and outcome.best else first.name,
+        "label": label + (f" ({len(records)} seeds)" if len(records) > 1 else ""),
+        "trials": [record.name for record in records],
+        "epsilon": max((last.epsilon for last in lasts), default=None),
+        "steps": max((last.step for last in lasts), default=None),
+        "validation": means([last.metrics for last in lasts]),
+        "test": means(tests),
+        "params": first.params,
     }
 
 

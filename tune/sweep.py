@@ -157,8 +157,9 @@ def _open_study(study: Study, folder: StudyFolder, plan: StudyPlan) -> StudyReco
         data_name=plan.data.name,
         data_fingerprint=plan.data.fingerprint,
         extractor=plan.extractor,
-        objectives=(study.objective,),
+        objectives=study.objectives,
         searched=tuple(study.space),
+        seeds=study.seeds,
     )
     folder.write_study(record, study.to_yaml())
     return record

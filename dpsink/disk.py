@@ -12,6 +12,11 @@ def cache_folder(name: str) -> Path:
     return base / "dpsink" / name
 
 
+def nearest_folder(path: Path) -> Path:
+    """The folder itself, or the closest one above it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
 def sync(path: Path) -> None:
     """Makes a file, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -51,6 +51,21 @@ def latest_checkpoint(run: Path) -> Path | None:
     return max(checkpoints(run), default=None)
 
 
+def latest_state(run: Path) -> tuple[Path, CheckpointState] | None:
+    """The newest complete checkpoint of a run with its JSON part, also while the run replaces it by the next.
+
+    Raises:
+        InputError: as `read_state`.
+    """
+    while checkpoint := latest_checkpoint(run):
+        try:
+            return checkpoint, read_state(checkpoint)
+        except InputError:
+            if latest_checkpoint(run) == checkpoint:
+                raise
+    return None
+
+
 def read_state(checkpoint: Path) -> CheckpointState:
     """The JSON part of a checkpoint.
 

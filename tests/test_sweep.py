@@ -32,10 +32,11 @@ from tune import cli, cluster, schema
 from tune.choice import CHOSEN_BY, select_best
 from tune.cluster import Crashed, Interrupted
 from tune.folder import StudyFolder
+from tune.lock import only_one
 from tune.memory import open_optuna
 from tune.study import Study, load_study
 from tune.summary import print_summary, summarise
-from tune.sweep import Outcome, only_one, run_study
+from tune.sweep import Outcome, run_study
 from tune.tracking import connect
 
 SLOW = pytest.mark.slow

@@ -101,9 +101,25 @@ class Board(_Shown):
         made = console.table("trial", "σ", "C", "blur", "B", "n", "lr", "ε", "FID", header, "state")
         made.padding = (0, 0, 0, 1)
         made.columns[-1].no_wrap = True
-        for row in list(self.rows.values())[-max(5, console.err.height - 6) :]:
+        for row in self._shown_rows(max(6, console.err.height - 6)):
             _add_row(made, row, metric)
         return Group(Text(self.title, style="bold"), made, Text(self._summary()), Text(self.ledger_text))
+
+    @property
+    def seconds_left(self) -> float | None:
+        """What the trials still to come take, at the pace of this session; None before its first end."""
+        ended = sum(row.state in schema.ENDED for row in self.rows.values())
+        here = ended - self.ended_before
+        if not here or ended >= self.total:
+            return None
+        return (time.monotonic() - self.started) / here * (self.total - ended)
+
+    def _shown_rows(self, room: int) -> list[Row]:
+        """The latest, among them, up to half of the room, those that have not ended."""
+        rows = list(self.rows.values())
+        active = {id(row) for row in [row for row in rows if row.state not in schema.ENDED][-room // 2 :]}
+        ended = {id(row) for row in [row for row in rows if id(row) not in active][len(active) - room :]}
+        return [row for row in rows if id(row) in active | ended]
 
     @property
     def _shown_metric(self) -> str:
@@ -113,15 +129,14 @@ class Board(_Shown):
     def _summary(self) -> str:
         ended = sum(row.state in schema.ENDED for row in self.rows.values())
         parts = [f"{ended}/{self.total} trials"]
-        if best := self._best():
+        if best := self.best():
             parts.append(f"best {best.record.name} ({self.objective} {best.values[self.objective]:.3g})")
-        here = ended - self.ended_before
-        if here and ended < self.total:
-            seconds = (time.monotonic() - self.started) / here * (self.total - ended)
+        if (seconds := self.seconds_left) is not None:
             parts.append(f"ETA {seconds / 60:.1f} min")
         return "  ·  ".join(parts)
 
-    def _best(self) -> Row | None:
+    def best(self) -> Row | None:
+        """The searched trial that is best so far by the objective."""
         rows = [
             row for row in self.rows.values()
             if self.objective in row.values and row.record.role == schema.ROLE_SEARCH
@@ -133,6 +148,11 @@ class Board(_Shown):
         shown = ("epsilon", "fid", self._shown_metric, "variety")
         values = "  ".join(f"{name} {console.metric_text(row.values[name])}" for name in shown if name in row.values)
         return f"{row.record.name:<24} {row.state:<10} {values}".rstrip()
+
+
+def ledger_line(cap: float | None, spent: float) -> str:
+    """What a study may cost, and what it has."""
+    return f"study ε ≤ {_four_digits(cap)}, spent {_four_digits(spent)}"
 
 
 def _add_row(made: Table, row: Row, metric: str) -> None:

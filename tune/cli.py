@@ -1,15 +1,20 @@
-"""`dpsink-tune sweep · track`: hyperparameter studies from a shell."""
+"""`dpsink-tune sweep · status · track`: hyperparameter studies from a shell."""
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.live import Live
 
 from dpsink import console
 from dpsink.commands.options import DataRoot, Json
 
 if TYPE_CHECKING:  # it takes seconds
     from tune.study import Study
+
+StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="a study's YAML file, folder or name")]
+WATCH_SECONDS = 2.0
 
 app = console.new_app("dpsink-tune", "Run hyperparameter studies of private generators under one budget.")
 
@@ -31,9 +36,13 @@ def sweep(
 
     console.set_up_logging()
     study = load_study(study_file)
+    from tune.room import DiskFull
     from tune.sweep import run_study
 
-    outcome = run_study(study, data_root=data_root, retry_failed=retry_failed)
+    try:
+        outcome = run_study(study, data_root=data_root, retry_failed=retry_failed)
+    except DiskFull as full:  # before a trial could start
+        console.fail(str(full), console.FAILED)
     from tune.summary import print_summary, summarise
 
     document = summarise(outcome, study)
@@ -59,11 +68,6 @@ def _progress(study: "Study", document: dict[str, Any]) -> str:
     return f": {ended} of {study.trials} trials have ended"
 
 
-@app.callback()
-def _commands() -> None:
-    """Keeps `sweep` a command of its own while it is the only one."""
-
-
 @app.command()
 def track(
     study_folder: Annotated[Path, typer.Argument(help="folder of the study")],
@@ -71,8 +75,8 @@ def track(
 ) -> None:
     """Rebuild a study's runs in MLflow from its folder; safe to repeat."""
     from tune.folder import StudyFolder
+    from tune.lock import only_one
     from tune.schema import shown_uri
-    from tune.sweep import only_one
     from tune.tracking import rebuild
 
     console.set_up_logging()
@@ -82,6 +86,28 @@ def track(
     with only_one(folder):  # a sweep at work writes the runs itself
         rebuild(folder, uri, unfinished="interrupted")
     console.out.print(f"{len(folder.trials())} trials of {record.name} are in {shown_uri(uri)}", markup=False)
+
+
+@app.command()
+def status(
+    study: StudyArgument,
+    watch: Annotated[bool, typer.Option("--watch", help="look again every two seconds until the sweep ends")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show how a study stands, from another terminal, while it runs and afterwards."""
+    from tune.status import Reader, document, find_folder, picture
+
+    reader = Reader(find_folder(study))
+    if as_json:
+        console.print_json(document(reader.read()))
+    elif watch and console.out.is_terminal:
+        with Live(picture(reader.read()), console=console.out, auto_refresh=False, vertical_overflow="visible") as live:
+            while (now := reader.read()).holder:
+                live.update(picture(now), refresh=True)
+                time.sleep(WATCH_SECONDS)
+            live.update(picture(now), refresh=True)
+    else:
+        console.out.print(picture(reader.read()), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol
 
 # Ray reads these when it is imported: a quiet console, and no snapshots of what the study folder already holds.
@@ -21,6 +22,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from dpsink import console
 from dpsink.errors import InputError
 from tune.folder import StudyFolder
+from tune.room import require_room
 from tune.search import StudySearcher
 from tune.study import Study
 from tune.trainable import run_trial
@@ -59,8 +61,8 @@ class Listener(Protocol):
 class _Relay(tune.Callback):
     """Passes Tune's events on in our own vocabulary."""
 
-    def __init__(self, listener: Listener, should_stop: Callable[[], bool]) -> None:
-        self.listener, self.should_stop = listener, should_stop
+    def __init__(self, listener: Listener, should_stop: Callable[[], bool], place: Path) -> None:
+        self.listener, self.should_stop, self.place = listener, should_stop, place
 
     def __getstate__(self) -> dict[str, Any]:
         """Ray pickles callbacks into a state of its own, which is never used here."""
@@ -69,6 +71,7 @@ class _Relay(tune.Callback):
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self.should_stop():
             raise Interrupted
+        require_room(self.place)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         self.listener.progressed(trial.config["trial"], result)
@@ -105,11 +108,12 @@ def run_on_ray(study: Study, folder: StudyFolder, searcher: StudySearcher, liste
         Interrupted: Ctrl-C or SIGTERM.
         Crashed: Ray fell over; what had ended by then is in the study folder.
         TooLarge: a trial would wait for ever.
+        DiskFull: the study's disk has no room left.
     """
     try:
         slots = _start(study)
         with console.stop_on_signals() as should_stop:  # after Ray has set handlers of its own
-            _tuner(study, folder, searcher, _Relay(listener, should_stop), slots).fit()
+            _tuner(study, folder, searcher, _Relay(listener, should_stop, folder.path), slots).fit()
     except (tune.TuneError, RayError) as error:
         raise Crashed(_last_words(error)) from None
     finally:

@@ -3,6 +3,7 @@
 STUDY/study.yaml              the study file as it was given
 STUDY/study.json              `StudyRecord`
 STUDY/statement.json          the ledger's present statement
+STUDY/outcome.json            how the last session ended; absent while one runs, and after a kill
 STUDY/ledger/                 the study's privacy ledger
 STUDY/witness.json            what the ledger has held
 STUDY/search/                 the searcher's memory
@@ -17,6 +18,7 @@ look into, until `tune.sealing` has taken the winner out of it and written STUDY
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +26,12 @@ from pydantic import Field, ValidationError
 
 from dpsink.config import Model, Strict, TrialConfig
 from dpsink.errors import InputError
-from dpsink.records import STATEMENT, Report, latest_checkpoint, read_json, read_state, write_atomically
+from dpsink.records import STATEMENT, Report, latest_checkpoint, latest_state, read_json, write_atomically
 from tune import schema
 
 WITNESS = "witness.json"
 SELECTION = "selection.json"
+OUTCOME = "outcome.json"
 
 
 class StudyRecord(Strict):
@@ -48,6 +51,7 @@ class StudyRecord(Strict):
     objectives: tuple[str, ...]
     searched: tuple[str, ...] = Field(description="paths of the search space")
     seeds: int = Field(default=1, description="trials of each configuration")
+    trials: int | None = Field(default=None, description="that are planned, baselines included; None if secret")
 
 
 class TrialRecord(Strict):
@@ -77,6 +81,14 @@ class TrialEnd(Strict):
 
     state: schema.State
     error: str | None = None
+
+
+class SessionEnd(Strict):
+    """How a session of a study ended, in the driver's words."""
+
+    finished: bool
+    problem: str = ""
+    ended_early: str | None = None
 
 
 class StudyFolder:
@@ -163,10 +175,16 @@ class StudyFolder:
         path = self.trial(name) / "end.json"
         return _read(TrialEnd, path) if path.exists() else None
 
+    def ended_at(self, name: str) -> float | None:
+        """When a trial's end was recorded, in seconds since the epoch; None while it was not."""
+        with suppress(FileNotFoundError):
+            return (self.trial(name) / "end.json").stat().st_mtime
+        return None
+
     def reports(self, name: str) -> list[Report]:
         """All reports of a trial, from its last checkpoint."""
-        checkpoint = latest_checkpoint(self.run(name))
-        return list(read_state(checkpoint).reports) if checkpoint else []
+        latest = latest_state(self.run(name))
+        return list(latest[1].reports) if latest else []
 
     def grid(self, name: str) -> Path | None:
         """The PNG of a trial's last samples."""
@@ -199,6 +217,18 @@ class StudyFolder:
     def selected(self) -> bool:
         """Whether a selection has ended; there is no way back."""
         return (self.path / SELECTION).exists()
+
+    def write_outcome(self, outcome: "SessionEnd | None") -> None:
+        """Records how a session ended; None as long as it has not."""
+        if outcome is None:
+            (self.path / OUTCOME).unlink(missing_ok=True)
+        else:
+            write_atomically(self.path / OUTCOME, outcome.model_dump_json(indent=1))
+
+    def outcome(self) -> "SessionEnd | None":
+        """How the last session ended, as far as it could tell."""
+        path = self.path / OUTCOME
+        return _read(SessionEnd, path) if path.exists() else None
 
     def write_statement(self, statement: dict[str, Any]) -> None:
         """Records the ledger's present statement."""

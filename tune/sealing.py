@@ -64,6 +64,9 @@ class SealedSession(Session):
     def _judge(self, drawn: StudyFolder) -> None:
         judge_once(self.study, drawn, drawn.read_trial(WINNER), self.data_root)
 
+    def _write_outcome(self) -> None:
+        """That a selection has ended is on record; of a session of it nothing is."""
+
     def _tell(self) -> None:
         self.write_statement()
         if self.folder.trial(WINNER).exists():

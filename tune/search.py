@@ -25,6 +25,7 @@ from tune import schema
 from tune.choice import FINAL, means
 from tune.folder import StudyFolder, TrialEnd, TrialRecord
 from tune.memory import SearchMemory
+from tune.room import told_when_full
 from tune.study import Study
 
 log = logging.getLogger("dpsink")
@@ -91,7 +92,7 @@ class StudySearcher(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """Ray's question: a configuration, None for not now, or that there is none left."""
-        with self._lock:
+        with self._lock, told_when_full(self.folder.path):
             record = self._next_record()
         if record is None:
             return None if self._held else Searcher.FINISHED
@@ -111,7 +112,8 @@ class StudySearcher(Searcher):
         """Ray's message that a trial has ended; settles the ledger and tells Optuna."""
         name = self.names.get(trial_id)
         if name is not None:
-            self.finish(name, failed=error)
+            with told_when_full(self.folder.path):
+                self.finish(name, failed=error)
             self._running.discard(name)
 
     def save(self, checkpoint_path: str) -> None:

@@ -1,15 +1,17 @@
 """One session of a study: the searcher, the board and the tracker around Ray."""
 
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 from dpsink.privacy.accounts import StudyAccounts
-from tune.board import Board
+from tune.board import Board, ledger_line
 from tune.choice import chosen_trials, judge_once
-from tune.folder import StudyFolder, TrialEnd
+from tune.folder import SessionEnd, StudyFolder, TrialEnd
 from tune.preflight import StudyPlan
+from tune.room import FULL, DiskFull, told_when_full
 from tune.search import StudySearcher
 from tune.study import Study
 from tune.tracking import MLflowTracker
@@ -47,6 +49,7 @@ class Session:
         self.work = self._make_work()  # where trials are recorded and run
         self.board: Any = self._make_board()
         self.work.write_witness(accounts.witness())
+        self.folder.write_outcome(None)
         self.write_statement()
         self.searcher = self._make_searcher()
         self._restore_board()
@@ -54,20 +57,32 @@ class Session:
 
     def run(self) -> None:
         """Runs the trials, and concludes the study when none is left."""
-        self._run_trials()
-        if not self.interrupted and not self.searcher.unfinished:
-            self._conclude()
-            self.finished = True
+        try:
+            with told_when_full(self.folder.path):
+                self._run_trials()
+                if not self.interrupted and not self.searcher.unfinished:
+                    self._conclude()
+                    self.finished = True
+        except DiskFull as full:
+            self.problem = str(full)
 
     def close(self) -> dict[str, Any]:
         """Writes the statement and closes the books, however the session ended."""
-        statement = self.write_statement()
-        for trial in self.folder.trials() if self.finished else ():
-            self.folder.copy_statement(trial.name)
+        try:
+            with told_when_full(self.folder.path):
+                self._write_end()
+        except DiskFull as full:
+            self.problem = str(full)
         self.tracker.poke()
         state = "completed" if self.finished else "interrupted"
         self.tracker.close(study=state, patience=HURRY if self.interrupted else PATIENCE)
-        return statement
+        return self.folder.statement()
+
+    def _write_end(self) -> None:
+        self.write_statement()
+        for trial in self.folder.trials() if self.finished else ():
+            self.folder.copy_statement(trial.name)
+        self._write_outcome()
 
     def progressed(self, name: str, values: dict[str, Any]) -> None:
         """A trial reported."""
@@ -79,7 +94,10 @@ class Session:
         log.warning("%s goes on from its checkpoint: %s", name, error)
 
     def failed(self, name: str, error: str) -> None:
-        """A trial's process failed for good."""
+        """A trial's process failed for good, unless that was the disk's fault."""
+        if any(os.strerror(number) in error for number in FULL):
+            self.work.forget_end(name)
+            raise DiskFull(f"the disk of {self.folder.path} is full ({name}: {error}); make room")
         self.work.end_trial(name, TrialEnd(state="failed", error=error))
         self.changed(name)
 
@@ -94,12 +112,11 @@ class Session:
         self.board.show(self.folder.read_trial(name), end.state if end else "running", self._values(name))
         self.tracker.poke(name)
 
-    def write_statement(self) -> dict[str, Any]:
+    def write_statement(self) -> None:
         """Records what may be said about the study's privacy by now."""
         statement = self.accounts.statement(self.plan.target_epsilon)
         self._show_spent(statement.spent)
         self.folder.write_statement(statement.to_dict())
-        return statement.to_dict()
 
     def _conclude(self) -> None:
         for record in chosen_trials(self.folder, self.study.objectives):
@@ -147,11 +164,17 @@ class Session:
             if end := self.folder.end_of(record.name):
                 self.board.restore(record, end.state, self._values(record.name))
 
+    def _write_outcome(self) -> None:
+        problem = "" if self.finished else self.problem
+        self.folder.write_outcome(
+            SessionEnd(finished=self.finished, problem=problem, ended_early=self.searcher.refused)
+        )
+
     def _read_spent(self) -> None:
-        """Shows what was spent, unless reading it, which may take seconds, would hold up the study."""
+        """Tells what was spent, unless reading it, which may take seconds, would hold up the study."""
         if (started := time.monotonic()) < self._next_reading:
             return
-        self._show_spent(self.accounts.spent())
+        self.write_statement()
         taken = time.monotonic() - started
         self._next_reading = time.monotonic() + taken / READING_SHARE
 
@@ -161,8 +184,4 @@ class Session:
         return {**reports[-1].metrics, "epsilon": reports[-1].epsilon} if reports else {}
 
     def _show_spent(self, spent: float) -> None:
-        self.board.ledger_text = f"study ε ≤ {_shown(self.accounts.cap)}, spent {_shown(spent)}"
-
-
-def _shown(epsilon: float | None) -> str:
-    return "–" if epsilon is None else f"{epsilon:.4g}"
+        self.board.ledger_text = ledger_line(self.accounts.cap, spent)

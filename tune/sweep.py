@@ -1,11 +1,8 @@
 """Runs a study: preflight, privacy accounts, a session of trials. Resumes by itself."""
 
-import fcntl
 import os
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +14,9 @@ from dpsink.privacy.accounts import StudyAccounts
 from dpsink.privacy.storage import DamagedLedger
 from tune.choice import select_best
 from tune.folder import StudyFolder, StudyRecord, TrialRecord
+from tune.lock import only_one
 from tune.preflight import StudyPlan, check_storage, check_study
+from tune.room import require_room
 from tune.session import Session
 from tune.study import Study
 from tune.tracking import MLflowTracker, check_tracking
@@ -52,6 +51,7 @@ def run_study(study: Study, *, data_root: Path | None = None, retry_failed: bool
     if not folder.exists:
         plan.terms.check()
     check_storage(folder.path)
+    require_room(folder.path)
     check_tracking(folder.read_study().tracking_uri if folder.exists else tracking_uri(study))
     # Until here nothing is written: a study that is refused leaves nothing behind.
     with only_one(folder):
@@ -123,25 +123,6 @@ def _after_selection(study: Study, folder: StudyFolder, record: StudyRecord, sta
     )
 
 
-@contextmanager
-def only_one(folder: StudyFolder) -> Iterator[None]:
-    """Refuses a second sweep on the same study."""
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with (folder.path / ".lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise InputError(
-                f"study {folder.path.name} is already being run by process {file.read().strip() or '?'}; wait for "
-                "it, or give the study another name"
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
-
-
 def _open_study(study: Study, folder: StudyFolder, plan: StudyPlan) -> StudyRecord:
     if folder.exists:
         return _check_same_study(study, folder, plan)
@@ -160,6 +141,7 @@ def _open_study(study: Study, folder: StudyFolder, plan: StudyPlan) -> StudyReco
         objectives=study.objectives,
         searched=tuple(study.space),
         seeds=study.seeds,
+        trials=None if study.sealed else study.trials,
     )
     folder.write_study(record, study.to_yaml())
     return record

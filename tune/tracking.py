@@ -25,7 +25,7 @@ from dpsink.config import config_sha256, dump_config, flatten
 from dpsink.errors import InputError
 from dpsink.privacy.accounting import accountant_version
 from dpsink.privacy.plan import NON_PRIVATE
-from dpsink.records import CheckpointState, Report, latest_checkpoint, read_state
+from dpsink.records import CheckpointState, Report, latest_state
 from tune import schema
 from tune.folder import StudyFolder, TrialEnd, TrialRecord
 
@@ -145,8 +145,7 @@ class Mirror:
             state: of a trial that has not ended, as its driver knows it; None leaves it as MLflow shows it.
         """
         record, end = self.folder.read_trial(name), self.folder.end_of(name)
-        checkpoint = latest_checkpoint(self.folder.run(name))
-        saved = read_state(checkpoint) if checkpoint else None
+        checkpoint, saved = latest_state(self.folder.run(name)) or (None, None)
         run = self._runs.setdefault(name, self._runs.get(name) or self._find_trial(record))
         self._describe_trial(run, record, saved)
         self._log_reports(run, saved.reports if saved else ())
@@ -219,7 +218,9 @@ class Mirror:
 
     def study_state(self) -> schema.State:
         """The state of a study at which nobody works, as far as its folder tells."""
-        trials = self.folder.trials()
+        outcome, trials = self.folder.outcome(), self.folder.trials()
+        if outcome is not None:
+            return "completed" if outcome.finished else "interrupted"
         ended = all(self.folder.end_of(trial.name) for trial in trials)
         return "completed" if self.folder.selected or (trials and ended) else "interrupted"
 

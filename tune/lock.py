@@ -1,0 +1,62 @@
+"""One sweep at a time has a study's folder; others can see which process that is."""
+
+import fcntl
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpsink.errors import InputError
+from tune.folder import StudyFolder
+
+LOOKS, PAUSE = 5, 0.1  # seconds: who only looks whether there is a holder has the lock for an instant
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who runs a study: the process, `?` where that cannot be read, and since when (seconds since the epoch)."""
+
+    pid: str
+    since: float
+
+
+@contextmanager
+def only_one(folder: StudyFolder) -> Iterator[None]:
+    """Refuses a second sweep on the same study."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with _place(folder).open("a+") as file:
+        if not _lock(file.fileno()):
+            file.seek(0)
+            raise InputError(
+                f"study {folder.path.name} is already being run by process {file.read().strip() or '?'}; wait for "
+                "it, or give the study another name"
+            )
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def holder(folder: StudyFolder) -> Holder | None:
+    """Who runs the study now; None if nobody does."""
+    with suppress(FileNotFoundError), _place(folder).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return Holder(file.read().strip() or "?", os.fstat(file.fileno()).st_mtime)
+    return None
+
+
+def _lock(descriptor: int) -> bool:
+    for _ in range(LOOKS):
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        time.sleep(PAUSE)
+    return False
+
+
+def _place(folder: StudyFolder) -> Path:
+    return folder.path / ".lock"

@@ -1,0 +1,38 @@
+"""Room on the disk: a study that runs out of it stops, and goes on when there is some."""
+
+import errno
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dpsink.disk import nearest_folder
+
+LEAST = 32 * 2**20  # bytes: below, a study stops while it can still say where it stands
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class DiskFull(BaseException):
+    """A disk has no room left. No Exception: Ray would take it for a trial's failure."""
+
+
+def free_bytes(place: Path) -> int:
+    """What is free where a folder is, or will be."""
+    return shutil.disk_usage(nearest_folder(place)).free
+
+
+def require_room(place: Path) -> None:
+    """Raises DiskFull where there is hardly any room left."""
+    if (free := free_bytes(place)) < LEAST:
+        raise DiskFull(f"the disk of {place} is full ({free / 2**20:.0f} MiB left); make room")
+
+
+@contextmanager
+def told_when_full(place: Path) -> Iterator[None]:
+    """Turns the system's error about a full disk, or a quota, into `DiskFull`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise DiskFull(f"the disk of {place} is full ({error.strerror}); make room") from None

@@ -1,26 +1,41 @@
-"""`dpsink-analysis best`: reads a finished study."""
+"""`dpsink-analysis`: thin shells over the functions of this package."""
 
-import math
-import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from dpsink import console
+from dpsink.errors import InputError
 from tune import schema
 
 if TYPE_CHECKING:  # they take seconds
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from analysis.rules import Rule
     from analysis.runs import Row, Runs
+    from analysis.verdict import OnProgress
 
-app = console.new_app("dpsink-analysis", "Read a study back: select, compare, export.")
+app = console.new_app("dpsink-analysis", "Read studies back: select, compare, judge, export.")
 
-StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="name of a study, its YAML file, or its folder")]
+Studies = Annotated[list[str], typer.Argument(metavar="STUDY...", help="names of studies, YAML files, or folders")]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow; default $MLFLOW_TRACKING_URI or studies/mlflow.db")]
-Force = Annotated[bool, typer.Option("--force", help="replace an earlier export")]
+Force = Annotated[bool, typer.Option("--force", help="replace what an earlier call wrote")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, logs on stderr")]
+Csv = Annotated[Path | None, typer.Option(help="file to write the whole table to")]
+Plot = Annotated[Path | None, typer.Option(help="PNG, PDF or SVG to draw")]
+By = Annotated[
+    list[str] | None, typer.Option(help="METRIC, or METRIC:TOLERANCE; several are looked at in turn")
+]  # fmt: skip
+Weights = Annotated[str | None, typer.Option(help="instead of --by, a sum to maximise: accuracy=1,fid=-0.02")]
+Epsilon = Annotated[float | None, typer.Option(help="the largest ε allowed")]
+Where = Annotated[list[str] | None, typer.Option(help="condition such as 'accuracy_cnn>0.8'; several must all hold")]
 
 CHOICES = ("fid", "accuracy")  # metrics that `best` selects by
 COMPARISON = "comparison.png"
@@ -31,166 +46,399 @@ def main() -> None:
     console.run(app)
 
 
-@app.callback()
-def group() -> None:
-    """Keeps `best` a subcommand while it is the only one."""
+@app.command("runs")
+def show_runs(
+    studies: Studies, tracking_uri: TrackingUri = None, csv: Csv = None, force: Force = False, as_json: Json = False
+) -> None:
+    """Show which runs may be compared, and why the others may not."""
+    from analysis.tables import plain_rows, print_rejected
+
+    runs = _load(studies, tracking_uri)
+    _write_table(runs.table, csv, force)
+    if as_json:
+        console.print_json({**_head(runs), "table": plain_rows(runs.table)})
+        return
+    print_rejected(runs)
+    _print_written(csv)
 
 
 @app.command()
 def best(
-    study: StudyArgument,
+    studies: Studies,
+    by: By = None,
+    weights: Weights = None,
+    epsilon: Epsilon = None,
+    where: Where = None,
+    top: Annotated[int, typer.Option(min=1, help="configurations to list")] = 5,
     tracking_uri: TrackingUri = None,
     out: Annotated[Path | None, typer.Option(help="folder of the exports; default exports/STUDY")] = None,
+    csv: Csv = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Show the best runs beside the baselines, and export them.
+    """Show the best configurations and runs beside the baselines, and export them.
 
-    Writes best-fid/, best-accuracy/ (both, even if one run is best by both) and comparison.png. A metric that no run
-    has is left out; where there is neither, the study's objective decides.
+    A configuration counts by the mean of its seeds; its best seed is exported. Writes best-RULE/ and comparison.png.
+    Without --by and --weights the rules are FID and accuracy, each by itself; where no run has either, the study's
+    objective.
     """
+    from analysis import selection
+    from analysis.export import default_folder
+    from analysis.tables import guarantee, in_title, print_configurations, print_rejected
+
+    runs = _load(studies, tracking_uri)
+    limits = {"epsilon": epsilon, "where": where or ()}
+    rules = _rules(runs, by, weights)
+    ranked = [selection.best(runs, by or (), weights=weights, **limits) if by or weights else
+              selection.best(runs, rule.metrics, **limits) for rule in rules]  # fmt: skip
+    columns = [Column(row["trial"].removeprefix("baseline-"), row) for row in selection.baselines(runs)]
+    columns += [
+        Column(in_title(rule), selection.select_best(runs, rule, **limits), rule) for rule in rules
+    ]  # fmt: skip
+    written = _export(runs, columns, out or default_folder(runs), force, csv)
+    _write_table(ranked[0], csv, force)
+    control = list(dict.fromkeys(selection.control_in_words(runs, one.run) for one in columns if one.rule))
+    if as_json:
+        console.print_json(_document(runs, columns, ranked, rules, control, written))
+        return
+    print_rejected(runs)
+    for rule, table in zip(rules, ranked, strict=True):
+        title = f"\n{in_title(rule)}: {min(top, len(table))} of {len(table)} configurations"
+        print_configurations(table.head(top), rule.metrics, title, "rank")
+    console.out.print()
+    _print_comparison(runs, _merged(columns))
+    for line in (*control, guarantee(runs)):
+        console.out.print(line, markup=False, soft_wrap=True)
+    _print_written(*written, csv)
+
+
+@app.command()
+def pareto(
+    studies: Studies,
+    metric: Annotated[list[str] | None, typer.Option(help="two or three; default fid, accuracy and epsilon")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="where the hypervolume ends, as fid=100,accuracy=0.1; default the worst found")
+    ] = None,
+    epsilon: Epsilon = None,
+    where: Where = None,
+    tracking_uri: TrackingUri = None,
+    plot: Plot = None,
+    csv: Csv = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Show the configurations that none beats in everything, and the hypervolume of their front."""
+    from analysis import fronts
+    from analysis.charts import pareto_figure
+    from analysis.selection import control_in_words, control_of
+    from analysis.tables import guarantee, plain_rows, print_configurations, print_rejected
+
+    runs = _load(studies, tracking_uri)
+    found = fronts.pareto(
+        runs, tuple(metric or fronts.METRICS), reference=_numbers(reference), epsilon=epsilon, where=where or ()
+    )
+    front = found[found["on_front"]]
+    some = front.to_dict("records")[0]
+    _check_targets(force, plot, csv)
+    _write_table(found, csv, force)
+    if plot:
+        _save(pareto_figure(found, control_of(runs, some)), plot)
+    if as_json:
+        console.print_json({**_head(runs), **found.attrs, "table": plain_rows(found)})
+        return
+    print_rejected(runs)
+    print_configurations(front, found.attrs["metrics"], "\nPareto front", "on_front")
+    words = (fronts.pareto_in_words(found), control_in_words(runs, some), guarantee(runs))
+    for line in words:
+        console.out.print(line, markup=False, soft_wrap=True)
+    _print_written(plot, csv)
+
+
+@app.command()
+def importance(
+    studies: Studies,
+    by: Annotated[str, typer.Option(help="a quality metric; default the study's objective")] = "",
+    epsilon: Epsilon = None,
+    where: Where = None,
+    tracking_uri: TrackingUri = None,
+    plot: Plot = None,
+    csv: Csv = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Show which hyperparameters made the difference, how sure that is, and what to search next."""
+    from analysis import effects
+    from analysis.charts import importance_figure
+    from analysis.tables import plain_rows, print_rejected
+
+    runs = _load(studies, tracking_uri)
+    _check_targets(force, plot, csv)
+    found = effects.importance(runs, by, epsilon=epsilon, where=where or ())
+    _write_table(found, csv, force)
+    if plot:
+        _save(importance_figure(found), plot)
+    if as_json:
+        console.print_json({**_head(runs), **found.attrs, "table": plain_rows(found)})
+        return
+    print_rejected(runs)
+    _print_importance(found)
+    _print_written(plot, csv)
+
+
+@app.command()
+def evaluate_top(
+    studies: Studies,
+    by: By = None,
+    weights: Weights = None,
+    epsilon: Epsilon = None,
+    where: Where = None,
+    top: Annotated[int, typer.Option(min=1, help="configurations to judge")] = 3,
+    seeds: Annotated[int, typer.Option(min=2, help="judgements of each, with samples of their own")] = 3,
+    samples: Annotated[int, typer.Option(min=20, help="synthetic images of one judgement")] = 5000,
+    tracking_uri: TrackingUri = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the results; default exports/STUDY/evaluate-top")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="of the data sets; default $DPSINK_DATA_ROOT")] = None,
+    inception_weights: Annotated[Path | None, typer.Option(help="file of torch-fidelity's weights")] = None,
+    threads: Annotated[int, typer.Option(min=0, help="of the CPU; 0: all")] = 0,
+    plot: Plot = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Judge the best generators again on the test split, with fresh samples: does the selection hold?
+
+    Stopped, the same command goes on where it was.
+    """
+    from analysis import verdict
+    from analysis.charts import verdict_figure
+    from analysis.tables import plain_rows, print_rejected
+    from dpsink.training import use_threads
+
+    runs = _load(studies, tracking_uri)
+    _check_targets(force, plot)
+    use_threads(threads)
+    with _progress("judging") as told:
+        found = verdict.evaluate_top(
+            runs, by or (), weights=weights, epsilon=epsilon, where=where or (), top=top, seeds=seeds, samples=samples,
+            out=out, data_root=data_root, inception_weights=inception_weights, force=force, on_progress=told,
+        )  # fmt: skip
+    if plot:
+        _save(verdict_figure(found), plot)
+    if as_json:
+        console.print_json({**_head(runs), **found.attrs, "table": plain_rows(found)})
+        return
+    print_rejected(runs)
+    _print_verdict(found)
+    _print_written(found.attrs["written"], plot)
+
+
+# What they have in common.
+
+
+def _load(studies: Sequence[str], tracking_uri: str | None) -> "Runs":
     from analysis.runs import load_runs
-    from analysis.selection import baselines, select_best
 
     console.set_up_logging()
-    runs = load_runs(study, tracking_uri)
-    chosen = {metric: select_best(runs, metric) for metric in _choices(runs)}
-    columns = [Column(row["trial"].removeprefix("baseline-"), row) for row in baselines(runs)]
-    columns += [Column(f"best by {_called(metric)}", row, metric) for metric, row in chosen.items()]
-    written = _export(runs, columns, out or Path("exports") / runs.study.name, force)
-    if as_json:
-        console.print_json(_document(runs, columns, written))
-        return
-    _print_rejected(runs)
-    _print_comparison(runs, _merged(columns))
-    console.out.print("written:", *map(str, written), sep="\n  ", markup=False, soft_wrap=True)
+    return load_runs(studies, tracking_uri)
+
+
+def _head(runs: "Runs") -> dict[str, Any]:
+    """What every JSON document begins with."""
+    from analysis.tables import REJECTED, plain_rows
+
+    return {
+        "studies": [vars(study) for study in runs.studies],
+        "accepted": len(runs.accepted),
+        "rejected": plain_rows(runs.rejected[REJECTED]),
+    }
+
+
+def _check_targets(force: bool, *paths: Path | None) -> None:
+    from analysis.export import check_target
+
+    for path in filter(None, paths):
+        check_target(path, force=force)
+
+
+def _write_table(table: "pd.DataFrame", path: Path | None, force: bool) -> None:
+    from analysis.tables import write_csv
+
+    if path:
+        write_csv(table, path, force=force)
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    from analysis.export import drafted
+
+    with drafted(path) as draft:
+        try:
+            figure.savefig(draft)
+        except ValueError as error:  # an ending that matplotlib does not know
+            raise InputError(f"--plot={path}: {error}") from None
+
+
+def _print_written(*paths: Path | None) -> None:
+    if given := [str(path) for path in paths if path]:
+        console.out.print("written:", *given, sep="\n  ", markup=False, soft_wrap=True)
+
+
+def _numbers(text: str | None) -> dict[str, float]:
+    """`fid=100,accuracy=0.1`."""
+    pairs = [piece.partition("=") for piece in text.split(",")] if text else []
+    try:
+        return {name.strip(): float(value) for name, _, value in pairs}
+    except ValueError:
+        raise InputError(f"--reference={text}: must be METRIC=NUMBER,…") from None
+
+
+@contextmanager
+def _progress(what: str) -> "Iterator[OnProgress]":
+    """A bar with an ETA, or lines where nobody watches; both on stderr."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    watched, started = console.err.is_terminal, time.monotonic()
+    with Progress(*columns, console=console.err, disable=not watched) as bar:
+        task = bar.add_task(what, total=None)
+
+        def tell(done: int, total: int, label: str) -> None:
+            bar.update(task, description=f"{what} {label}".strip(), completed=done, total=total)
+            if not watched and label:
+                left = (time.monotonic() - started) / done * (total - done) if done else None
+                eta = "" if left is None else f", about {left:.0f} s left"
+                console.err.print(f"{what} {label} ({done + 1} of {total}{eta})", markup=False, soft_wrap=True)
+
+        yield tell
+
+
+# `best`.
 
 
 @dataclass(frozen=True)
 class Column:
-    """A run in the comparison; `metric` is what it was selected by, None for a baseline."""
+    """A run in the comparison; `rule` is what it was selected by, None for a baseline."""
 
     title: str
     run: "Row"
-    metric: str | None = None
+    rule: "Rule | None" = None
 
 
-def _choices(runs: "Runs") -> list[str]:
-    """What `best` selects by: a private validation split has no FID, and a study need not run all classifiers."""
-    from analysis.runs import metrics_of, rows_of
+def _rules(runs: "Runs", by: Sequence[str] | None, weights: str | None) -> list["Rule"]:
+    """A private validation split has no FID, and a study need not run all classifiers."""
+    from analysis.rules import parse_rule
+    from analysis.selection import comparable, rule_of
 
-    had = {name for run in rows_of(runs.accepted, schema.ROLE_SEARCH) for name in metrics_of(run)}
-    return [metric for metric in CHOICES if metric in had] or list(runs.study.objectives)
-
-
-def _called(metric: str) -> str:
-    return "FID" if metric == "fid" else metric
+    if by or weights:
+        return [parse_rule(by or (), weights)]
+    searched = comparable(runs, schema.ROLE_SEARCH)
+    had = [parse_rule(metric) for metric in CHOICES if searched[metric].notna().any()]
+    return had or [rule_of(runs)]
 
 
 def _merged(columns: Sequence[Column]) -> list[Column]:
-    """The columns for a person: a run that is best by several metrics stands there once."""
+    """The columns for a person: a run that is best by several rules stands there once."""
     merged: dict[str, Column] = {}
     for column in columns:
         run_id = column.run["run_id"]
-        if run_id in merged:
-            title = f"{merged[run_id].title} and {_called(column.metric or '')}"
-            column = Column(title, column.run, column.metric)
+        if run_id in merged and column.rule:
+            column = Column(f"{merged[run_id].title} and {column.rule.title}", column.run, column.rule)
         merged[run_id] = column
     return list(merged.values())
 
 
-def _export(runs: "Runs", columns: Sequence[Column], out: Path, force: bool) -> list[Path]:
+def _export(runs: "Runs", columns: Sequence[Column], out: Path, force: bool, *others: Path | None) -> list[Path]:
     """Writes the chosen runs and the picture; looks at all targets before it writes the first."""
-    from analysis.export import check_target, drafted, export_run
+    from analysis.export import export_run
+    from analysis.figures import comparison_figure
+    from analysis.tables import guarantee
 
-    folders = {column.metric: out / f"best-{column.metric}" for column in columns if column.metric}
+    chosen = {column.rule: column.run for column in columns if column.rule}
+    folders = {rule: out / f"best-{rule.slug}" for rule in chosen}
     picture = out / COMPARISON
-    for target in (*folders.values(), picture):
-        check_target(target, force=force)
-    for column in columns:
-        if column.metric:
-            export_run(runs, column.run, folders[column.metric], selected_by=column.metric, force=force)
-    with drafted(picture) as draft:
-        _draw(runs, columns, draft)
+    _check_targets(force, *folders.values(), picture, *others)
+    for rule, run in chosen.items():
+        export_run(runs, run, folders[rule], selected_by=rule.title, force=force)
+    panels = {column.title: column.run for column in _merged(columns)}
+    _save(comparison_figure(runs, panels, title=f"{runs.name}\n{guarantee(runs)}"), picture)
     return [*folders.values(), picture]
-
-
-def _draw(runs: "Runs", columns: Sequence[Column], path: Path) -> None:
-    from analysis.figures import Panel, comparison
-    from analysis.runs import fetch_artifact
-
-    with tempfile.TemporaryDirectory() as folder:
-        panels = []
-        for column in _merged(columns):
-            run_id = column.run["run_id"]
-            grid = fetch_artifact(runs, run_id, schema.GRID_ARTIFACT, Path(folder) / run_id)
-            panels.append(Panel(column.title, column.run, grid))
-        comparison(panels, title=f"{runs.study.name}\n{_guarantee(runs)}").savefig(path)
-
-
-def _guarantee(runs: "Runs") -> str:
-    """The two promises: of each trial, and of all that the study makes, with the selection."""
-    facts, statement = runs.study, runs.study.statement
-    whole = statement.get("study_epsilon")
-    claim = "no claim for the whole study" if whole is None else f"whole study ε ≤ {_rounded_up(whole)}"
-    policy = f" ({statement['policy']})" if "policy" in statement else ""
-    return f"each trial ε ≤ {facts.target_epsilon:g}, {claim}{policy}, δ = {facts.delta:g}"
-
-
-def _rounded_up(epsilon: float | str) -> str:
-    from dpsink.privacy.plan import NON_PRIVATE
-
-    value = float(epsilon)
-    return f"{math.ceil(value * 1000) / 1000:g}" if math.isfinite(value) else NON_PRIVATE
-
-
-def _print_rejected(runs: "Runs") -> None:
-    total = len(runs.accepted) + len(runs.rejected)
-    console.out.print(f"{runs.study.name}: {len(runs.accepted)} of {total} runs accepted", markup=False)
-    if runs.rejected.empty:
-        return
-    shown = console.table("rejected", "reason", "detail")
-    for row in runs.rejected.to_dict("records"):
-        shown.add_row(row["trial"], row["reason"], row["detail"])
-    console.out.print(shown)
 
 
 def _print_comparison(runs: "Runs", columns: Sequence[Column]) -> None:
     shown = console.table("", *(column.title for column in columns))
     for name, values in _comparison_rows(runs, columns).items():
-        shown.add_row(name, *map(_cell, values))
+        shown.add_row(name, *(value if isinstance(value, str) else console.metric_text(value) for value in values))
     console.out.print(shown)
-    console.out.print(_guarantee(runs), markup=False, soft_wrap=True)
 
 
 def _comparison_rows(runs: "Runs", columns: Sequence[Column]) -> dict[str, list[Any]]:
     """Trial, ε, metrics that anybody has, and searched settings: one value per column."""
     from analysis.runs import ALL_QUALITY, metrics_of
+    from analysis.tables import plain
 
     had = {name for column in columns for name in metrics_of(column.run)}
     metrics = [name for name in ALL_QUALITY if name in had]
-    names = ["trial", "state", schema.EPSILON, *metrics, *runs.study.searched]
-    return {name: [_value(column.run.get(name)) for column in columns] for name in names}
+    searched = dict.fromkeys(path for study in runs.studies for path in study.searched)
+    names = ["trial", "state", schema.EPSILON, *metrics, *searched]
+    return {name: [plain(column.run.get(name)) for column in columns] for name in names}
 
 
-def _value(value: Any) -> Any:
-    return None if value != value else value  # NaN
+def _document(
+    runs: "Runs",
+    columns: Sequence[Column],
+    ranked: Sequence["pd.DataFrame"],
+    rules: Sequence["Rule"],
+    control: Sequence[str],
+    written: Sequence[Path],
+) -> dict[str, Any]:
+    from analysis.tables import plain_rows
 
-
-def _cell(value: Any) -> str:
-    return value if isinstance(value, str) else console.metric_text(value)
-
-
-def _document(runs: "Runs", columns: Sequence[Column], written: Sequence[Path]) -> dict[str, Any]:
     rows = _comparison_rows(runs, columns)
     return {
-        "study": vars(runs.study),
-        "accepted": len(runs.accepted),
-        "rejected": runs.rejected.to_dict("records"),
+        **_head(runs),
         "runs": [
-            {"title": column.title, "selected_by": column.metric}
+            {"title": column.title, "selected_by": column.rule.title if column.rule else None}
             | {name: values[index] for name, values in rows.items()}
             for index, column in enumerate(columns)
         ],
+        "rankings": {rule.title: plain_rows(table) for rule, table in zip(rules, ranked, strict=True)},
+        "control": list(control),
         "written": [str(path) for path in written],
     }
+
+
+# The others.
+
+
+def _print_importance(found: "pd.DataFrame") -> None:
+    from analysis.rules import called
+
+    title = f"\nimportance for {called(found.attrs['metric'])}, {found.attrs['configurations']} configurations"
+    shown = console.table("parameter", "fANOVA", "5–95 %", "PED-ANOVA", "5–95 %", "", title=title)
+    for row in found.to_dict("records"):
+        shares = []
+        for name in ("fanova", "ped_anova"):
+            shares += [f"{row[name]:.0%}", f"{row[f'{name}_low']:.0%}–{row[f'{name}_high']:.0%}"]
+        shown.add_row(row["parameter"], *shares, row["verdict"])
+    console.out.print(shown)
+    if found.attrs["note"]:
+        console.out.print(found.attrs["note"], markup=False)
+    console.out.print("what to search next:", markup=False)
+    for row in found.to_dict("records"):
+        console.out.print(f"  {row['parameter']}: {row['advice']}", markup=False, soft_wrap=True)
+
+
+def _print_verdict(found: "pd.DataFrame") -> None:
+    from dpsink.console import metric_text
+
+    columns = ("selected", "judged", "95 %", "best, %", "variety", "recall")
+    shown = console.table("", "trial", "ε", *columns, title=f"\n{found.attrs['value']}, selected and judged")
+    for row in found.to_dict("records"):
+        interval = f"[{metric_text(row['judged_low'])}, {metric_text(row['judged_high'])}]"
+        beside = [metric_text(row.get(f"test_{name}")) for name in ("variety", "recall")]
+        numbers = [metric_text(row[name]) for name in (schema.EPSILON, "selected", "judged")]
+        shown.add_row(
+            f"{row['rank']}", row["trial"], *numbers, interval, f"{row['probability_best']:.0%}", *beside
+        )  # fmt: skip
+    console.out.print(shown)
+    for line in (*found.attrs["words"], *found.attrs["skipped"]):
+        console.out.print(line, markup=False, soft_wrap=True)

@@ -11,17 +11,19 @@ Nothing in it came from outside the privacy budget: the optimiser's state stays 
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from analysis.runs import Row, Runs, fetch_artifact, metrics_of
+from analysis.runs import Row, Runs, metrics_of
+from analysis.store import fetch_artifact
 from dpsink.checkpoint import load_generator
 from dpsink.config import config_sha256, dump_config
 from dpsink.errors import InputError
-from dpsink.records import CheckpointState, latest_checkpoint, read_json
+from dpsink.records import CheckpointState, latest_checkpoint, read_json, read_state
 from tune import schema
 
 CARD = "card.json"
@@ -41,15 +43,14 @@ def export_run(runs: Runs, run: Row, out: Path, *, selected_by: str, force: bool
         InputError: `out` exists, the run's files are not here, or are of another trial.
     """
     check_target(out, force=force)
-    checkpoint = _checkpoint_of(run)
+    checkpoint, study = checkpoint_of(run), runs.study_of(run)
     with drafted(out) as draft:
         draft.mkdir()
         for name in FROM_CHECKPOINT:
             shutil.copyfile(checkpoint / name, draft / name)
         _, description = load_generator(draft)  # what leaves the house is known to work
-        _check_identity(run, description, checkpoint)
         (draft / schema.CONFIG_ARTIFACT).write_text(dump_config(description.config), encoding="utf-8")
-        statement = fetch_artifact(runs, runs.study.run_id, schema.STATEMENT_ARTIFACT, draft)
+        statement = fetch_artifact(runs.tracking_uri, study.run_id, schema.STATEMENT_ARTIFACT, draft)
         card = _card(runs, run, description) | {"selected_by": selected_by}
         if statement:  # picking this run was a release too: the study's statement takes the place of the trial's
             card["statement"] = read_json(statement)
@@ -57,12 +58,17 @@ def export_run(runs: Runs, run: Row, out: Path, *, selected_by: str, force: bool
     return out
 
 
+def default_folder(runs: Runs) -> Path:
+    """exports/STUDY; a name that MLflow gives is no path."""
+    return Path("exports") / re.sub(r"[^\w.+-]|^\.+", "_", runs.name)
+
+
 def check_target(out: Path, *, force: bool) -> None:
     """Refuses to overwrite, unless it is told to; and what is no export, always."""
     if not out.exists():
         return
     if not force:
-        raise InputError(f"{out}: exists; choose another --out, or --force to replace it")
+        raise InputError(f"{out}: exists; choose another place, or --force to replace it")
     if out.is_dir() and not (out / CARD).exists():
         raise InputError(f"{out}: is no export (it has no {CARD}) and is not replaced; choose another --out")
 
@@ -91,17 +97,19 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _checkpoint_of(run: Row) -> Path:
+def checkpoint_of(run: Row) -> Path:
+    """The last checkpoint of a run.
+
+    Raises:
+        InputError: it is not here, or is of another trial.
+    """
     folder = Path(run["folder"])
     checkpoint = latest_checkpoint(folder)
     if checkpoint is None:
         raise InputError(f"files of trial {run['trial']} are not at {folder}; run this where the study's storage is")
-    return checkpoint
-
-
-def _check_identity(run: Row, description: CheckpointState, checkpoint: Path) -> None:
-    if config_sha256(description.config) != run["config_sha256"]:
+    if config_sha256(read_state(checkpoint).config) != run["config_sha256"]:
         raise InputError(f"{checkpoint}: holds another trial than {run['trial']}; was its storage moved?")
+    return checkpoint
 
 
 def _card(runs: Runs, run: Row, description: CheckpointState) -> dict[str, Any]:
@@ -109,8 +117,8 @@ def _card(runs: Runs, run: Row, description: CheckpointState) -> dict[str, Any]:
 
     return {
         **privacy_card(Path(run["folder"]), description),
-        "study": runs.study.name,
-        "study_id": runs.study.study_id,
+        "study": run["study"],
+        "study_id": runs.study_of(run).study_id,
         "trial": run["trial"],
         "run_id": run["run_id"],
         "metrics": metrics_of(run),

@@ -1,46 +1,39 @@
-"""Pictures of a study, for people."""
+"""Runs side by side, as pictures of what they make."""
 
 import math
+import tempfile
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from analysis.runs import Row
+from analysis.runs import Row, Runs
+from analysis.store import fetch_artifact
 from dpsink.console import metric_text
+from tune import schema
 
 if TYPE_CHECKING:  # its import takes a second
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLUMNS = 4  # panels in a row
-PANEL = (3.2, 4.1)  # inches
+PANEL = (3.2, 4.4)  # inches
 LINES = (  # what stands under a panel: metric and its name, two to a line
-    (("fid", "FID"), ("variety", "variety")),
+    (("fid", "FID"), ("accuracy", "accuracy")),
     (("accuracy_logreg", "logreg"), ("accuracy_cnn", "CNN")),
+    (("variety", "variety"), ("recall", "recall")),
 )
 
 
-@dataclass(frozen=True)
-class Panel:
-    """One run of a comparison.
+def comparison_figure(runs: Runs, panels: Mapping[str, Row], *, title: str) -> "Figure":
+    """Samples of runs, and under them what they cost and what they are worth on validation.
 
-    Attributes:
-        title: for example `best by FID`.
-        run: its row.
-        grid: its samples; None if MLflow has none.
+    Args:
+        panels: for example `best by FID` to its row of `runs.accepted`.
+        title: stands above all.
     """
-
-    title: str
-    run: Row
-    grid: Path | None
-
-
-def comparison(panels: Sequence[Panel], *, title: str) -> "Figure":
-    """Runs side by side: samples, and under them what they cost and what they are worth."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -50,25 +43,31 @@ def comparison(panels: Sequence[Panel], *, title: str) -> "Figure":
     figure = Figure(size, dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
     figure.suptitle(title, fontsize=11)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
-    for axis, panel in zip(axes, panels, strict=False):
-        _draw(axis, panel)
+    for axis, (name, run) in zip(axes, panels.items(), strict=False):
+        _draw(axis, name, run, _grid(runs, run))
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     return figure
 
 
-def _draw(axis: "Axes", panel: Panel) -> None:
+def _grid(runs: Runs, run: Row) -> "Image.Image | None":
+    """The samples that MLflow shows of a run; None if it has none."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = fetch_artifact(runs.tracking_uri, run["run_id"], schema.GRID_ARTIFACT, Path(folder))
+        return Image.open(path).convert("RGB") if path else None
+
+
+def _draw(axis: "Axes", name: str, run: Row, grid: "Image.Image | None") -> None:
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():
         spine.set_visible(False)
-    axis.set_title(textwrap.fill(panel.title, 34), fontsize=10, fontweight="bold")
-    axis.set_xlabel(_caption(panel.run), fontsize=9, linespacing=1.5)
-    if panel.grid is None:
+    axis.set_title(textwrap.fill(name, 34), fontsize=10, fontweight="bold")
+    axis.set_xlabel(_caption(run), fontsize=9, linespacing=1.5)
+    if grid is None:
         axis.text(0.5, 0.5, "no samples", ha="center", transform=axis.transAxes, color="grey")
-        return
-    with Image.open(panel.grid) as picture:
-        axis.imshow(picture.convert("RGB"), interpolation="none")
+    else:
+        axis.imshow(grid, interpolation="none")
 
 
 def _caption(run: Row) -> str:

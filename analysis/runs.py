@@ -1,32 +1,30 @@
-"""A study as MLflow shows it: the runs that may be compared, and why the others may not."""
+"""Studies as MLflow shows them: the runs that may be compared, and why the others may not."""
 
 import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
+from analysis.store import StoredRun, find_runs
 from dpsink.config import nearest, read_yaml
 from dpsink.errors import InputError
 from dpsink.privacy.plan import NON_PRIVATE
 from dpsink.records import read_json
 from tune import schema
 
-if TYPE_CHECKING:  # its import takes seconds
-    from mlflow import MlflowClient
-    from mlflow.entities import Run
-
 DATABASE = "mlflow.db"
 STORAGE = "studies"
 ALL_QUALITY = (*schema.QUALITY, *(schema.TEST_PREFIX + name for name in schema.QUALITY))
+NUMBERS = (schema.EPSILON, schema.BUDGET_FRACTION, schema.SPEED, *ALL_QUALITY)
 Row = dict[str, Any]  # one run: column to value, NaN or None where it has none
-COLUMNS = {  # of a table of runs, besides its metrics and params: column to tag
+TAGS = {  # column to tag
     "trial": schema.TRIAL_ID_TAG,
     "role": schema.ROLE_TAG,
     "state": schema.STATUS_TAG,
@@ -38,6 +36,7 @@ COLUMNS = {  # of a table of runs, besides its metrics and params: column to tag
     "error": schema.ERROR_TAG,
     "folder": schema.FOLDER_TAG,
 }
+TEXTS = ("study", "trial", "role", "state", "reason", "detail", "run_id", *list(TAGS)[3:])
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,11 @@ class StudyFacts:
 
     Attributes:
         run_id: of the study's run in MLflow.
+        searched: paths of the search space.
+        space: path to its distribution, as the study file writes it; empty if the study does not tell.
         statement: single values of the ledger's last statement; empty before the first.
+        folder: of the study, where it ran.
+        repeats: id of the study whose best configurations this one trained again; None for a study of its own.
     """
 
     name: str
@@ -60,23 +63,51 @@ class StudyFacts:
     extractor: str
     objectives: tuple[str, ...]
     searched: tuple[str, ...]
+    space: dict[str, Any]
     statement: dict[str, Any]
+    folder: str | None
+    repeats: str | None
 
 
 @dataclass(frozen=True)
 class Runs:
-    """The runs of one study.
+    """The runs of one study or of several.
 
     Attributes:
-        accepted: one row per run that may be compared, in the order of their names: `run_id`, `COLUMNS`, metrics
-            and params by their names in MLflow; numbers where every value is one.
-        rejected: `trial`, `role`, `reason` (one of few) and `detail`.
+        studies: in the order in which they were asked for; what is compared is compared by the first one's rules.
+        table: one row per run, by study and name. Text: `TEXTS`; `reason` is missing for a run that may be compared,
+            and one of few for one that may not. float64: `NUMBERS`, NaN where a run has none; metrics on validation
+            have bare names, on test the prefix `test_`. All else are params by their paths: numbers where every
+            value is one, text otherwise, missing where a run has none.
     """
 
-    study: StudyFacts
+    studies: tuple[StudyFacts, ...]
     tracking_uri: str
-    accepted: pd.DataFrame
-    rejected: pd.DataFrame
+    table: pd.DataFrame
+
+    @property
+    def study(self) -> StudyFacts:
+        """The first study."""
+        return self.studies[0]
+
+    @property
+    def name(self) -> str:
+        """Of all studies."""
+        return "+".join(study.name for study in self.studies)
+
+    def study_of(self, run: Row) -> StudyFacts:
+        """The study that a run belongs to."""
+        return next(study for study in self.studies if study.name == run["study"])
+
+    @cached_property
+    def accepted(self) -> pd.DataFrame:
+        """The runs that may be compared."""
+        return self.table[self.table["reason"].isna()].reset_index(drop=True)
+
+    @cached_property
+    def rejected(self) -> pd.DataFrame:
+        """The runs that are set apart, and why."""
+        return self.table[self.table["reason"].notna()].reset_index(drop=True)
 
     @property
     def rejected_counts(self) -> str:
@@ -85,27 +116,31 @@ class Runs:
         return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
 
 
-def load_runs(study: str, tracking_uri: str | None = None) -> Runs:
-    """The runs of a study, those that may be compared apart from the others.
+def load_runs(studies: str | Sequence[str], tracking_uri: str | None = None) -> Runs:
+    """The runs of one study or of several, those that may be compared apart from the others.
 
     Args:
-        study: name of the study (the newest of that name), path of its YAML file, or its folder.
-        tracking_uri: by default the one that the study names, $MLFLOW_TRACKING_URI, or sqlite in `studies`.
+        studies: each the name of a study (the newest of that name), the path of its YAML file, or its folder.
+        tracking_uri: by default the one that the first study names, $MLFLOW_TRACKING_URI, or sqlite in `studies`.
 
     Raises:
-        InputError: MLflow does not answer, the study is not known, or has no run that may be compared.
+        InputError: MLflow does not answer, a study is not known, or the studies are of different data or δ, so that
+            nothing about them can be compared.
     """
-    tag, value, named_uri = _resolve(study)
-    uri = tracking_uri or named_uri or default_uri(Path(STORAGE))
-    with _reading(uri) as client:
-        parent = _find_study(client, tag, value, uri)
-        facts = _facts(parent)
-        found = [_row(run) for run in _trials(client, facts)]
-    runs = _sort_out(facts, uri, found)
-    if runs.accepted.empty:
-        why = f"all {len(found)} runs are rejected: {runs.rejected_counts}" if found else "no trial has started"
-        raise InputError(f"study '{facts.name}' has nothing to compare: {why}; run `dpsink-tune sweep` on")
-    return runs
+    asked = [_resolve(study) for study in ([studies] if isinstance(studies, str) else studies)]
+    if not asked:
+        raise InputError("name a study: its name, its YAML file, or its folder")
+    uri = tracking_uri or next((named for *_, named in asked if named), None) or default_uri(Path(STORAGE))
+    parents = find_runs(uri, schema.KIND_TAG, [schema.KIND_STUDY])
+    facts = {found.study_id: found for found in (_facts(_pick(parents, *one[:2], uri)) for one in asked)}
+    _check_alike(list(facts.values()))
+    stored = find_runs(uri, schema.STUDY_ID_TAG, list(facts))
+    rows = [
+        _row(run, facts[run.tags[schema.STUDY_ID_TAG]])
+        for run in stored
+        if run.tags.get(schema.KIND_TAG) == schema.KIND_TRIAL
+    ]
+    return Runs(tuple(facts.values()), uri, _sort_out(rows, facts))
 
 
 def default_uri(storage: Path) -> str:
@@ -113,23 +148,14 @@ def default_uri(storage: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(storage / DATABASE).resolve()}"
 
 
-def rows_of(table: pd.DataFrame, role: str) -> list[Row]:
-    """The runs of a role, in the table's order."""
-    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records") if row["role"] == role]
+def rows_of(table: pd.DataFrame) -> list[Row]:
+    """A table's rows, in its order."""
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
 
 
 def metrics_of(run: Row) -> dict[str, float]:
     """The quality metrics that a run has, validation before test."""
     return {name: run[name] for name in ALL_QUALITY if not math.isnan(run.get(name, math.nan))}
-
-
-def fetch_artifact(runs: Runs, run_id: str, name: str, folder: Path) -> Path | None:
-    """Copies an artifact of a run into a folder; None if the run has none of that name."""
-    with _reading(runs.tracking_uri) as client:
-        if name not in {artifact.path for artifact in client.list_artifacts(run_id)}:
-            return None
-        folder.mkdir(exist_ok=True)
-        return Path(client.download_artifacts(run_id, name, str(folder)))
 
 
 def _resolve(study: str) -> tuple[str, str, str | None]:
@@ -147,56 +173,18 @@ def _resolve(study: str) -> tuple[str, str, str | None]:
     return schema.STUDY_NAME_TAG, tree["name"], uri
 
 
-@contextmanager
-def _reading(uri: str) -> Iterator["MlflowClient"]:
-    """A client; whatever goes wrong with it is told in one line."""
-    database = schema.sqlite_file(uri)
-    if database and not database.exists():  # a client would create it
-        raise InputError(f"{database}: no such database; run a study first, or name another with --tracking-uri")
-    schema.quiet_mlflow()
-    from mlflow import MlflowClient
-
-    try:
-        yield MlflowClient(tracking_uri=uri)
-    except InputError:
-        raise
-    except Exception as error:
-        reason = schema.mlflow_reason(error, uri)
-        raise InputError(f"{schema.shown_uri(uri)}: cannot be read ({reason}); is the MLflow server up?") from None
-
-
-def _find_study(client: "MlflowClient", tag: str, value: str, uri: str) -> "Run":
+def _pick(parents: list[StoredRun], tag: str, value: str, uri: str) -> StoredRun:
     """The newest study run with that tag."""
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    query = f"tags.`{schema.KIND_TAG}` = '{schema.KIND_STUDY}'"
-    studies = _search(client, experiments, query, "attributes.start_time DESC")
-    for run in studies:
-        if run.data.tags.get(tag) == value:
+    for run in reversed(parents):
+        if run.tags.get(tag) == value:
             return run
-    names = {run.data.tags.get(schema.STUDY_NAME_TAG, "") for run in studies}
+    names = {run.tags.get(schema.STUDY_NAME_TAG, "") for run in parents}
     hint = nearest(value, names) if names else "; it holds no study"
     raise InputError(f"study '{value}' is not in {schema.shown_uri(uri)}{hint}")
 
 
-def _trials(client: "MlflowClient", facts: StudyFacts) -> list["Run"]:
-    wanted = {schema.KIND_TAG: schema.KIND_TRIAL, schema.STUDY_ID_TAG: facts.study_id}
-    query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in wanted.items())
-    return _search(client, [facts.experiment_id], query, "attributes.start_time ASC")
-
-
-def _search(client: "MlflowClient", experiments: list[str], query: str, order: str) -> list["Run"]:
-    """All pages of a search."""
-    found: list[Run] = []
-    token = None
-    while token != "":
-        page = client.search_runs(experiments, query, max_results=1000, order_by=[order], page_token=token)
-        found += page
-        token = page.token or ""
-    return found
-
-
-def _facts(run: "Run") -> StudyFacts:
-    params, tags = run.data.params, run.data.tags
+def _facts(run: StoredRun) -> StudyFacts:
+    params, tags = run.params, run.tags
 
     def names(field: str) -> tuple[str, ...]:
         return tuple(name for name in params[f"{schema.STUDY_PARAM}{field}"].split(",") if name)
@@ -204,8 +192,8 @@ def _facts(run: "Run") -> StudyFacts:
     return StudyFacts(
         name=tags[schema.STUDY_NAME_TAG],
         study_id=tags[schema.STUDY_ID_TAG],
-        run_id=run.info.run_id,
-        experiment_id=run.info.experiment_id,
+        run_id=run.run_id,
+        experiment_id=run.experiment_id,
         target_epsilon=float(params[f"{schema.STUDY_PARAM}target_epsilon"]),
         delta=float(params[f"{schema.STUDY_PARAM}delta"]),
         data_name=params[f"{schema.STUDY_PARAM}data_name"],
@@ -213,51 +201,90 @@ def _facts(run: "Run") -> StudyFacts:
         extractor=tags[schema.EXTRACTOR_TAG],
         objectives=names("objectives"),
         searched=names("searched"),
+        space=json.loads(tags.get(schema.SPACE_TAG, "{}")),
         statement=json.loads(tags.get(schema.STATEMENT_TAG, "{}")),
+        folder=tags.get(schema.FOLDER_TAG),
+        repeats=tags.get(schema.REPEATS_TAG),
     )
 
 
-def _row(run: "Run") -> Row:
-    tags = {column: run.data.tags.get(tag) for column, tag in COLUMNS.items()}
-    return {"run_id": run.info.run_id, **tags, **run.data.metrics, **run.data.params}
+def _check_alike(studies: Sequence[StudyFacts]) -> None:
+    """Studies of other data share no scale, and an ε at another δ is another promise."""
+    first = studies[0]
+    for study in studies[1:]:
+        if study.name == first.name:
+            raise InputError(f"two studies are called '{study.name}': compare them one by one, by their folders")
+        if study.data_fingerprint != first.data_fingerprint:
+            mine, other = (f"'{one.name}' ({one.data_name}, {one.data_fingerprint[:16]})" for one in (first, study))
+            raise InputError(f"studies {mine} and {other} are of different data: compare them one by one")
+        if study.delta != first.delta:
+            told = f"'{first.name}' (δ {first.delta:g}) and '{study.name}' (δ {study.delta:g})"
+            raise InputError(f"studies {told} promise at different δ: their ε cannot be compared")
 
 
-def _sort_out(facts: StudyFacts, uri: str, rows: list[Row]) -> Runs:
-    accepted, rejected = [], []
-    for row in sorted(rows, key=lambda row: str(row["trial"])):
-        if problem := _problem(row, facts):
-            reason, detail = problem
-            rejected.append({"trial": row["trial"], "role": row["role"], "reason": reason, "detail": detail})
-        else:
-            accepted.append(row)
-    columns = ["trial", "role", "reason", "detail"]
-    return Runs(facts, uri, _typed(pd.DataFrame(accepted)), pd.DataFrame(rejected, columns=columns))
+def _row(run: StoredRun, study: StudyFacts) -> Row:
+    tags = {column: run.tags.get(tag) for column, tag in TAGS.items()}
+    return {"study": study.name, "run_id": run.run_id, **tags, "study_id": study.study_id, **run.metrics, **run.params}
 
 
-def _problem(row: Row, facts: StudyFacts) -> tuple[str, str] | None:
+def _sort_out(rows: list[Row], facts: dict[str, StudyFacts]) -> pd.DataFrame:
+    extractor = next(iter(facts.values())).extractor
+    here = {study_id for study_id, study in facts.items() if study.folder and Path(study.folder).is_dir()}
+    for row in rows:
+        study = facts[row["study_id"]]
+        row["reason"], row["detail"] = _problem(row, study, extractor, row["study_id"] in here) or (None, None)
+    _reject_incomplete(rows)
+    order = {study_id: position for position, study_id in enumerate(facts)}
+    rows.sort(key=lambda row: (order[row.pop("study_id")], str(row["trial"])))
+    return _typed(rows)
+
+
+def _problem(row: Row, study: StudyFacts, extractor: str, here: bool) -> tuple[str, str] | None:
     """The first reason why a run may not be compared with the others, and its detail."""
     epsilon = row.get(schema.EPSILON, math.nan)
-    missing = [name for name in facts.objectives if math.isnan(row.get(name, math.nan))]
+    missing = [name for name in study.objectives if math.isnan(row.get(name, math.nan))]
     rules = (
         (row["state"] in ("failed", "diverged"), str(row["state"]), row["error"]),
         (row["state"] not in schema.ENDED, "unfinished", row["state"]),
-        (row["state"] == "stopped_early", "stopped early", None),
         (row["private"] != "true", NON_PRIVATE, None),
+        (row["state"] == "stopped_early", "stopped early", f"{row.get(schema.BUDGET_FRACTION, 0):.0%} of its budget"),
         (math.isnan(epsilon), "without epsilon", None),
-        (epsilon > facts.target_epsilon, "above the target epsilon", f"{epsilon:g} > {facts.target_epsilon:g}"),
-        (row["data_fingerprint"] != facts.data_fingerprint, "on other data", row["data_fingerprint"]),
-        (row["fid_extractor"] != facts.extractor, "with another FID extractor", row["fid_extractor"]),
+        (epsilon > study.target_epsilon, "above the target epsilon", f"{epsilon:g} > {study.target_epsilon:g}"),
+        (row["data_fingerprint"] != study.data_fingerprint, "on other data", row["data_fingerprint"]),
+        (row["fid_extractor"] != extractor, "with another FID extractor", row["fid_extractor"]),
         (bool(missing), "without its objective", ", ".join(missing)),
+        # Where the study's storage is not at hand, nothing can be said about files.
+        (here and not os.path.isdir(row["folder"] or ""), "without its files", row["folder"]),
     )
     return next(((reason, detail or "") for holds, reason, detail in rules if holds), None)
 
 
-def _typed(table: pd.DataFrame) -> pd.DataFrame:
+def _reject_incomplete(rows: Iterable[Row]) -> None:
+    """The mean of the seeds that went well would flatter a configuration: one seed set apart takes the others along."""
+    rows = list(rows)
+    bad: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        if row["reason"]:
+            bad.setdefault((row["study_id"], row["config_id"]), row)
+    for row in rows:
+        other = bad.get((row["study_id"], row["config_id"]))
+        if other is not None and not row["reason"]:
+            row["reason"], row["detail"] = "beside another seed", f"{other['trial']}: {other['reason']}"
+
+
+def _typed(rows: list[Row]) -> pd.DataFrame:
     """MLflow keeps params as text: columns that hold numbers only become numbers."""
-    for column in table.columns.difference(["run_id", *COLUMNS]):
-        values = pd.Series(table[column]).replace("None", None)
-        try:
-            table[column] = pd.to_numeric(values)
-        except (ValueError, TypeError):
-            table[column] = values
-    return table
+    table = pd.DataFrame(rows, columns=None if rows else [*TEXTS, *NUMBERS])
+    params = sorted(table.columns.difference([*TEXTS, *NUMBERS]))
+    columns = {name: table[name] if name in table else pd.Series(math.nan, table.index) for name in (*TEXTS, *NUMBERS)}
+    columns |= {name: columns[name].astype("float64") for name in NUMBERS}
+    columns |= {name: _numbers(table[name]) for name in params}
+    return pd.DataFrame(columns)
+
+
+def _numbers(values: "pd.Series[Any]") -> "pd.Series[Any]":
+    values = values.where(values != "None")
+    try:
+        return pd.to_numeric(values)
+    except (ValueError, TypeError):
+        return values

@@ -1,48 +1,142 @@
-"""Which run is best. Ties go to the run that spent less ε, then to the first by name."""
+"""Which configuration is best, by the mean of its seeds, and which of its runs to take."""
 
 from collections.abc import Sequence
 
-from analysis.runs import Row, Runs, metrics_of, rows_of
-from dpsink.config import nearest
+import numpy as np
+import pandas as pd
+
+from analysis.conditions import meeting
+from analysis.rules import Rule, called, ordered, parse_rule
+from analysis.runs import ALL_QUALITY, NUMBERS, Row, Runs, rows_of
 from dpsink.errors import InputError
 from tune import schema
 
-FROM_FEATURES = frozenset({"fid", "kid", "precision", "recall"})  # mean nothing across extractors
+HEAD = ["study", "config_id", "trial", "seeds"]
+SE = "_se"  # suffix of a standard error's column
+CONTROL = "class_mean"  # kind of the generator without variety
+SHOWN = ("fid", "accuracy", "variety", "recall")
 
 
-def select_best(runs: Runs, by: str = "fid", *, role: str = schema.ROLE_SEARCH) -> Row:
-    """The best accepted run by a metric.
+def best(
+    runs: Runs,
+    by: str | Sequence[str] = (),
+    *,
+    weights: str | None = None,
+    epsilon: float | None = None,
+    where: Sequence[str] = (),
+) -> pd.DataFrame:
+    """The searched configurations, best first.
 
     Args:
-        by: a quality metric, `test_` ones included; FID and KID are minimised, the others maximised.
-        role: `search`, or `baseline`: the two are never ranked together, a baseline was not selected.
+        by: metrics in turn, each `METRIC` or `METRIC:TOLERANCE`; by default the study's own objective.
+        weights: instead of `by`, `METRIC=WEIGHT,…`, whose sum is maximised.
+        epsilon: the largest ε allowed, of each of a configuration's seeds.
+        where: conditions on a configuration's means and settings, such as `accuracy_cnn>0.8`.
+
+    Returns:
+        As `configurations`, with `rank` from 1 as its first column.
 
     Raises:
-        InputError: an unknown metric, or no run of that role has it.
+        InputError: nothing to compare, an unknown metric, a condition that none meets.
     """
-    candidates = rows_of(runs.accepted, role)
-    if not candidates:
-        told = f" ({runs.rejected_counts})" if len(runs.rejected) else ""
-        raise InputError(f"study '{runs.study.name}' has no accepted run of role {role}{told}; let it go on")
-    return rank(candidates, by)[0]
+    rule = rule_of(runs, by, weights)
+    ranked = ordered(meeting(configurations(runs), where, epsilon), rule)
+    ranked.insert(0, "rank", range(1, len(ranked) + 1))
+    return ranked
 
 
-def rank(runs: Sequence[Row], by: str) -> list[Row]:
-    """The runs that have the metric, best first.
+def rule_of(runs: Runs, by: str | Sequence[str] = (), weights: str | None = None) -> Rule:
+    """A rule from words, by default the study's own objectives in turn."""
+    return parse_rule(by or ([] if weights else runs.study.objectives), weights)
+
+
+def configurations(runs: Runs, role: str = schema.ROLE_SEARCH) -> pd.DataFrame:
+    """One row per configuration that may be compared: what all its seeds have in common, and their means.
+
+    Returns:
+        `study`, `config_id`, `trial` (the first by name), `seeds` (how many), all that the runs' table has, with means
+        over the seeds for metrics and the largest ε, and `<metric>_se`: the standard error of each quality metric's
+        mean, NaN of a single seed.
 
     Raises:
-        InputError: an unknown metric, none has it, or their extractors differ.
+        InputError: there is none.
     """
-    known = {name for run in runs for name in metrics_of(run)}
-    if by not in known:
-        raise InputError(f"no run has the metric '{by}'{nearest(by, known)}")
-    having = [run for run in runs if by in metrics_of(run)]
-    if by.removeprefix(schema.TEST_PREFIX) in FROM_FEATURES and len({run["fid_extractor"] for run in having}) > 1:
-        raise InputError(f"'{by}' of runs with different FID extractors cannot be ranked; rank by accuracy")
-    sign = 1 if schema.mode_of(by) == "min" else -1
-    return sorted(having, key=lambda run: (sign * run[by], run[schema.EPSILON], run["trial"]))
+    table = comparable(runs, role).sort_values(["study", "trial"])
+    key = ["study", "config_id"]
+    groups = table.groupby(key, sort=False, dropna=False)
+    means = groups[list(NUMBERS)].mean()
+    means[schema.EPSILON] = groups[schema.EPSILON].max()
+    seeds = groups.size()
+    errors = (groups[list(ALL_QUALITY)].std().div(np.sqrt(seeds), axis=0)).add_suffix(SE)
+    common = table.drop(columns=[*NUMBERS, "seed"], errors="ignore").drop_duplicates(key).set_index(key)
+    merged = pd.concat([seeds.rename("seeds"), common, means, errors], axis=1).reset_index()
+    return merged[[*HEAD, *merged.columns.difference(HEAD, sort=False)]]
+
+
+def comparable(runs: Runs, role: str | None = None) -> pd.DataFrame:
+    """The accepted runs, of a role. A study that repeats another is no part of the selection: it was selected.
+
+    Raises:
+        InputError: there is none; says why, by count.
+    """
+    told = runs.rejected_counts
+    if runs.accepted.empty:
+        why = f"all {len(runs.table)} runs are rejected: {told}" if told else "no trial has started"
+        raise InputError(f"study '{runs.name}' has nothing to compare: {why}; run `dpsink-tune sweep` on")
+    if role is None:
+        return runs.accepted
+    repeats = [study.name for study in runs.studies if study.repeats]
+    found = runs.accepted[(runs.accepted["role"] == role) & ~runs.accepted["study"].isin(repeats)]
+    if found.empty:
+        why = f" ({told})" if told else ""
+        raise InputError(f"study '{runs.name}' has no accepted run of role {role}{why}; let it go on")
+    return found
+
+
+def select_best(runs: Runs, rule: Rule, *, epsilon: float | None = None, where: Sequence[str] = ()) -> Row:
+    """The run to take: of the best configuration, the seed that is best by the same rule."""
+    ranked = ordered(meeting(configurations(runs), where, epsilon), rule)
+    return run_of(runs, rows_of(ranked.head(1))[0], rule)
+
+
+def run_of(runs: Runs, configuration: Row, rule: Rule) -> Row:
+    """The best of a configuration's seeds, by a rule."""
+    table = runs.accepted
+    same = (table["config_id"] == configuration["config_id"]) & (table["study"] == configuration["study"])
+    return rows_of(ordered(table[same], rule).head(1))[0]
 
 
 def baselines(runs: Runs) -> list[Row]:
     """The accepted baselines, by name."""
-    return rows_of(runs.accepted, schema.ROLE_BASELINE)
+    accepted = comparable(runs)
+    return rows_of(accepted[accepted["role"] == schema.ROLE_BASELINE])
+
+
+def control_of(runs: Runs, run: Row) -> Row | None:
+    """The class-mean control that was promised the same ε as a run; of its own study before another's."""
+    target = "privacy.target_epsilon"
+    controls = [
+        one for one in baselines(runs) if one.get("generator.kind") == CONTROL and one.get(target) == run.get(target)
+    ]
+    return min(controls, key=lambda one: one["study"] != run["study"], default=None)
+
+
+def control_in_words(runs: Runs, run: Row) -> str:
+    """How a run compares with the control: an accuracy that samples without variety reach too is worth nothing."""
+    control = control_of(runs, run)
+    if control is None:
+        return (
+            f"study '{run['study']}' has no class-mean control at this ε: a classifier's accuracy rewards collapse; "
+            "add a baseline with generator.kind: class_mean"
+        )
+    words = [_against(run, control, "", "validation"), _against(run, control, schema.TEST_PREFIX, "test")]
+    return f"{run['trial']} and the class-mean control at the same target ε: {'; '.join(filter(None, words))}"
+
+
+def _against(run: Row, control: Row, prefix: str, split: str) -> str:
+    """The metrics that both have on a split, and whether the control does as well."""
+    mine, its = ({name: one.get(prefix + name, np.nan) for name in SHOWN} for one in (run, control))
+    both = [name for name in SHOWN if not np.isnan([mine[name], its[name]]).any()]
+    pieces = ", ".join(f"{called(name)} {mine[name]:.3g} against {its[name]:.3g}" for name in both)
+    beaten = " (no better than the control)" if its["accuracy"] >= mine["accuracy"] else ""
+    return f"on {split} {pieces}{beaten}" if both else ""

@@ -14,7 +14,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from dpsink.checkpoint import Report
+from dpsink.records import Report
 from dpsink.training import RUNNING
 from tune import schema
 from tune.folder import StudyFolder

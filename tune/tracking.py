@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpsink.config import config_sha256, dump_config, flatten
+from dpsink.config import config_sha256, dump_config, flatten, read_yaml
 from dpsink.errors import InputError
 from dpsink.privacy.accounting import accountant_version
 from dpsink.privacy.plan import NON_PRIVATE
@@ -39,6 +39,7 @@ CHECK_SECONDS = 5  # that a tracking server may take to answer before a study st
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 15.0  # seconds between attempts during an outage
 PAGE = 200  # runs asked for at once
 LARGEST_GRID = 100 * 1024  # bytes; more would make the runs table slow
+LARGEST_TAG = 8000  # characters, of MLflow
 
 
 def check_tracking(uri: str) -> None:
@@ -233,6 +234,7 @@ class Mirror:
             schema.EXTRACTOR_TAG: self.record.extractor,
             schema.PRIVATE_TAG: _private_tag(self.record.target_epsilon),
             schema.FOLDER_TAG: str(self.folder.path.resolve()),
+            schema.SPACE_TAG: _space(self.folder),
         }
         self._log(run, {f"{schema.STUDY_PARAM}{name}": value for name, value in facts.items()}, tags)
 
@@ -493,6 +495,14 @@ def _artifact_location(uri: str) -> str | None:
 
 def _query(tags: Mapping[str, str]) -> str:
     return " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items())
+
+
+def _space(folder: StudyFolder) -> str:
+    """The search space as the study file writes it; nothing where it is more than a tag can hold."""
+    space = read_yaml(folder.path / "study.yaml").get("space") or {}
+    given = {path: {key: value for key, value in one.items() if value is not None} for path, one in space.items()}
+    text = json.dumps(given)
+    return text if len(text) <= LARGEST_TAG else "{}"
 
 
 def _private_tag(target_epsilon: float) -> str:

@@ -1,0 +1,127 @@
+"""Pictures of a study's numbers: what can be had together, what made the difference, what held."""
+
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.effects import MATTERS, UNCLEAR
+from analysis.fronts import pareto_in_words
+from analysis.rules import called
+from analysis.runs import Row, rows_of
+
+if TYPE_CHECKING:  # its import takes a second
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DARK, MIDDLE, LIGHT, ACCENT = "0.15", "0.45", "0.75", "#b3261e"
+LOG_FROM = 20  # largest over smallest value from which an axis is logarithmic
+
+
+def pareto_figure(found: pd.DataFrame, control: Row | None = None) -> "Figure":
+    """The configurations in the first two metrics, coloured by the third; those on the front stand out.
+
+    Args:
+        found: from `pareto`.
+        control: the class-mean control, to be shown with them.
+    """
+    figure, axes = _sheet((7.4, 5.2))
+    x, y, *colour = found.attrs["metrics"]
+    front, others = found[found["on_front"]], found[~found["on_front"]]
+    axes.scatter(others[x], others[y], s=14, color=LIGHT, label="beaten in everything by another", zorder=2)
+    shade: dict[str, Any] = {"c": front[colour[0]], "cmap": "viridis"} if colour else {"color": DARK}
+    points = axes.scatter(
+        front[x], front[y], s=44, edgecolors="black", linewidths=0.7, label="front", zorder=3, **shade
+    )
+    if colour:
+        figure.colorbar(points, ax=axes, label=called(colour[0]))
+    if control is not None and np.isfinite([control[x], control[y]]).all():
+        axes.scatter([control[x]], [control[y]], marker="X", s=70, color=ACCENT, label="class-mean control", zorder=4)
+    _name_extremes(axes, front, x, y)
+    for metric, scale in ((x, axes.set_xscale), (y, axes.set_yscale)):
+        if found[metric].min() > 0 and found[metric].max() > LOG_FROM * found[metric].min():
+            scale("log")
+    axes.set(xlabel=called(x), ylabel=called(y))
+    axes.set_title(_wrapped(pareto_in_words(found)), fontsize=9, loc="left")
+    _legend(figure)
+    return figure
+
+
+def importance_figure(found: pd.DataFrame) -> "Figure":
+    """What share of a metric's variation each parameter explains, with 5 % to 95 % of the resamples.
+
+    Args:
+        found: from `importance`.
+    """
+    figure, axes = _sheet((7.4, 1.6 + 0.42 * len(found)))
+    rows = rows_of(found)
+    shades = {MATTERS: DARK, UNCLEAR: MIDDLE}
+    for name, offset, marker in (("fanova", -0.13, "o"), ("ped_anova", 0.13, "D")):
+        for place, row in enumerate(rows):
+            color = shades.get(row["verdict"], LIGHT)
+            low, middle, high = row[f"{name}_low"], row[name], row[f"{name}_high"]
+            axes.plot([low, high], [place + offset] * 2, color=color, linewidth=1.6)
+            axes.plot([middle], [place + offset], marker, color=color, markersize=6)
+    for marker, label in (("o", "fANOVA"), ("D", "PED-ANOVA")):
+        axes.plot([], [], marker, color=DARK, label=label)
+    axes.set_yticks(range(len(rows)), [f"{row['parameter']}\n{row['verdict']}" for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlim=(0, 1), xlabel=f"share of the variation of {called(found.attrs['metric'])}")
+    title = f"{found.attrs['configurations']} configurations. {found.attrs['note']}"
+    axes.set_title(_wrapped(title), fontsize=9, loc="left")
+    _legend(figure)
+    return figure
+
+
+def verdict_figure(found: pd.DataFrame) -> "Figure":
+    """What each generator was selected by, and what it is worth to fresh samples on test.
+
+    Args:
+        found: from `evaluate_top`.
+    """
+    figure, axes = _sheet((7.4, 2.2 + 0.4 * len(found)))
+    rows = rows_of(found)
+    for place, row in enumerate(rows):
+        axes.plot([row["judged_low"], row["judged_high"]], [place] * 2, color=DARK, linewidth=2)
+    places = range(len(rows))
+    axes.plot(found["judged"], places, "o", color=DARK, markersize=7, label="judged on test, 95 % interval")
+    axes.plot(found["selected"], places, "D", color=ACCENT, markerfacecolor="none", label="selected on validation")
+    axes.set_yticks(places, [f"{row['rank']}. {row['trial']}" for row in rows], fontsize=9)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(found.attrs["value"])
+    axes.set_title(_wrapped(" ".join(found.attrs["words"][2:3])), fontsize=9, loc="left")
+    _legend(figure)
+    return figure
+
+
+def _sheet(size: tuple[float, float]) -> "tuple[Figure, Axes]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(size, dpi=150, layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.92", zorder=0)
+    return figure, axes
+
+
+def _legend(figure: "Figure") -> None:
+    """Below the axes, where it covers nothing."""
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+
+
+def _name_extremes(axes: "Axes", front: pd.DataFrame, x: str, y: str) -> None:
+    """Names the front's two ends, each away from the picture's edge."""
+    ends = {front[x].idxmin(): x, front[x].idxmax(): x}
+    low, high = front[y].min(), front[y].max()
+    for index, end in enumerate(ends):
+        point = front.loc[end]
+        above = point[y] < (low + high) / 2
+        axes.annotate(
+            str(point["trial"]), (point[x], point[y]), xytext=(0, 9 if above else -14), textcoords="offset points",
+            ha="left" if index == 0 else "right", fontsize=8, color=DARK, zorder=5,
+        )  # fmt: skip
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text.strip(), 100)

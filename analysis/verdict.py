@@ -1,0 +1,256 @@
+"""The winner's curse, faced: the best configurations judged again, by fresh samples on images that chose nothing.
+
+    OUT/measured/*.json   one judgement of one generator with one seed, written when it is made: a rerun goes on there
+    OUT/result.json       the table and what it means; OUT/result.csv, the table
+
+No privacy cost: what is made of a private generator is post-processing. But the test split is used, and whoever
+chooses by this table has chosen by the test split.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from analysis.export import checkpoint_of, default_folder, drafted
+from analysis.rules import Rule, called
+from analysis.runs import Row, Runs, rows_of
+from analysis.selection import best, rule_of, run_of
+from dpsink.errors import InputError
+from dpsink.records import read_json, write_atomically
+from tune import schema
+
+RESULT, TABLE, MEASURED = "result.json", "result.csv", "measured"
+FIRST_SEED = 1_000_000  # far from those that training and sweeps judge by
+CONFIDENCE = 0.95
+DRAWS = 20_000
+Values = np.ndarray[tuple[int, int], np.dtype[np.float64]]  # (generators, seeds)
+OnProgress = Callable[[int, int, str], None]  # how many are measured, of how many, which comes now
+
+
+def evaluate_top(
+    runs: Runs,
+    by: str | Sequence[str] = (),
+    *,
+    weights: str | None = None,
+    epsilon: float | None = None,
+    where: Sequence[str] = (),
+    top: int = 3,
+    seeds: int = 3,
+    samples: int = 5000,
+    out: Path | None = None,
+    data_root: Path | None = None,
+    inception_weights: Path | None = None,
+    force: bool = False,
+    on_progress: OnProgress = lambda *_: None,
+) -> pd.DataFrame:
+    """Judges the generators of the best configurations on the test split, with fresh samples.
+
+    Args:
+        by, weights, epsilon, where: as for `best`; metrics on test may not select.
+        top: how many configurations, 1 at least.
+        seeds: judgements of each generator, 2 at least.
+        samples: synthetic images per judgement, balanced over the classes.
+        out: folder of the results; by default exports/STUDY/evaluate-top. What was measured there before is kept.
+        force: replace an earlier result.
+
+    Returns:
+        One row per generator, in the order of the selection: `rank`, `study`, `config_id`, `trial`, `epsilon`;
+        `selected`, the value on validation that it was selected by; `judged`, `judged_low`, `judged_high`, the same on
+        test, mean and 95 % confidence interval; `judged_rank`; `probability_best`, of being the best of them; means
+        `test_<metric>`. `attrs`: `value`, what is judged; `words`, what it means; `skipped`, a line for each whose
+        files are gone; `written`, the result's file.
+
+    Raises:
+        InputError: a result is there already, no generator is left, the data are not at hand.
+    """
+    rule = rule_of(runs, by, weights)
+    _check(rule, top, seeds)
+    place = out or default_folder(runs) / "evaluate-top"
+    if (place / RESULT).exists() and not force:
+        raise InputError(f"{place / RESULT}: exists; choose another --out, or --force to replace it")
+    ranked = best(runs, by, weights=weights, epsilon=epsilon, where=where)
+    chosen, skipped = _generators(runs, rows_of(ranked.head(top)), rule)
+    jobs = [_Job(row, checkpoint, FIRST_SEED + seed, samples) for seed in range(seeds) for row, checkpoint in chosen]
+    measured = []
+    for done, job in enumerate(jobs):
+        on_progress(done, len(jobs), f"{job.row['trial']}, seed {job.seed - FIRST_SEED + 1} of {seeds}")
+        measured.append(_measure(job, place / MEASURED, data_root, inception_weights))
+    on_progress(len(jobs), len(jobs), "")
+    table = _table([row for row, _ in chosen], measured, rule)
+    words = _in_words(table, rule, seeds, samples)
+    table.attrs = {"value": _called(rule), "words": words, "skipped": skipped, "written": place / RESULT}
+    _write(place, table)
+    return table
+
+
+def _check(rule: Rule, top: int, seeds: int) -> None:
+    if top < 1 or seeds < 2:
+        raise InputError(f"--top={top} --seeds={seeds}: at least 1 generator, and 2 seeds for an interval")
+    used = [metric for metric in rule.metrics if metric.startswith(schema.TEST_PREFIX)]
+    if used:
+        raise InputError(f"'{used[0]}' may not select what the test split is to judge; select by validation")
+
+
+def _generators(runs: Runs, configurations: list[Row], rule: Rule) -> tuple[list[tuple[Row, Path]], list[str]]:
+    """The run of each configuration with its checkpoint, and a line for each whose files are not here."""
+    found, gone = [], []
+    for configuration in configurations:
+        run = run_of(runs, configuration, rule)
+        try:
+            checkpoint = checkpoint_of(run)
+        except InputError as error:
+            gone.append(str(error))
+        else:
+            selected = _value(configuration, rule)
+            found.append((run | {"rank": configuration["rank"], "selected": selected}, checkpoint))
+    if not found:
+        raise InputError(f"none of the best {len(configurations)} can be judged: {gone[0]}")
+    return found, gone
+
+
+# Measuring.
+
+
+@dataclass(frozen=True)
+class _Job:
+    row: Row
+    checkpoint: Path
+    seed: int
+    samples: int
+
+    @property
+    def extractor(self) -> str:
+        return str(self.row["fid_extractor"]).partition("@")[0]
+
+    @property
+    def file(self) -> str:
+        """Named by all that the answer depends on."""
+        run = (self.row["run_id"], self.row["config_sha256"], self.checkpoint.name)
+        facts = repr((*run, self.samples, self.extractor, self.seed))
+        return f"{hashlib.sha256(facts.encode()).hexdigest()[:16]}.json"
+
+
+def _measure(job: _Job, folder: Path, data_root: Path | None, inception_weights: Path | None) -> dict[str, float]:
+    from dpsink.judging import judge
+
+    path = folder / job.file
+    if path.exists():
+        return read_json(path)["metrics"]
+    answer = judge(
+        job.checkpoint, samples=job.samples, split="test", seed=job.seed, extractor=job.extractor,
+        inception_weights=inception_weights, data_root=data_root,
+    )  # fmt: skip
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(answer | {"trial": job.row["trial"], "seed": job.seed}, default=str))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
+    return answer["metrics"]
+
+
+def _write(place: Path, table: pd.DataFrame) -> None:
+    document = {"rows": rows_of(table), **table.attrs}
+    with drafted(place / RESULT) as draft:
+        draft.write_text(json.dumps(document, indent=1, default=str) + os.linesep, encoding="utf-8")
+    with drafted(place / TABLE) as draft:
+        table.to_csv(draft, index=False)
+
+
+# What it means.
+
+
+def _table(rows: list[Row], measured: list[dict[str, float]], rule: Rule) -> pd.DataFrame:
+    """`measured` by seed, then by generator."""
+    each = [measured[index :: len(rows)] for index in range(len(rows))]
+    values = np.array([[_value(metrics, rule) for metrics in mine] for mine in each])
+    means, half = values.mean(axis=1), _half_width(values)
+    sign = 1 if _maximised(rule) else -1
+    table = pd.DataFrame(rows)[["rank", "study", "config_id", "trial", schema.EPSILON, "selected"]]
+    table["judged"], table["judged_low"], table["judged_high"] = means, means - half, means + half
+    table["judged_rank"] = stats.rankdata(-sign * means, method="min").astype(int)
+    table["probability_best"] = _probability_best(sign * values)
+    for name in each[0][0]:
+        table[f"{schema.TEST_PREFIX}{name}"] = [np.mean([metrics[name] for metrics in mine]) for mine in each]
+    return table
+
+
+def _value(metrics: dict[str, float], rule: Rule) -> float:
+    """What a rule is about: its first metric, or its weighted sum."""
+    if rule.weighted:
+        return sum(weight * metrics[metric] for metric, weight in rule.terms)
+    return metrics[rule.metrics[0]]
+
+
+def _called(rule: Rule) -> str:
+    return rule.title if rule.weighted else called(rule.metrics[0])
+
+
+def _maximised(rule: Rule) -> bool:
+    return rule.weighted or schema.mode_of(rule.metrics[0]) == "max"
+
+
+def _half_width(values: Values) -> Any:
+    """Half of Student's confidence interval of each generator's mean over its seeds."""
+    seeds = values.shape[1]
+    return stats.t.ppf((1 + CONFIDENCE) / 2, seeds - 1) * values.std(axis=1, ddof=1) / np.sqrt(seeds)
+
+
+def _probability_best(values: Values) -> Any:
+    """Of each generator, by draws of the means from the distributions behind their intervals; more is better."""
+    count, seeds = values.shape
+    draws = stats.t.rvs(seeds - 1, size=(DRAWS, count), random_state=0)
+    means = values.mean(axis=1) + draws * values.std(axis=1, ddof=1) / np.sqrt(seeds)
+    ties = means == means.max(axis=1, keepdims=True)
+    return (ties / ties.sum(axis=1, keepdims=True)).mean(axis=0)
+
+
+def _in_words(table: pd.DataFrame, rule: Rule, seeds: int, samples: int) -> list[str]:
+    first = rows_of(table)[0]
+    interval = partial("[{judged_low:.4g}, {judged_high:.4g}]".format_map)
+    words = [
+        f"Selected by {rule.title} on validation, the mean of a configuration's seeds; judged by {_called(rule)} on "
+        f"test, {samples:,} fresh samples with each of {seeds} seeds.",
+        f"{first['trial']}: {first['selected']:.4g} when it was selected, {first['judged']:.4g} {interval(first)} now.",
+    ]
+    if len(table) > 1:
+        words += _ranking_in_words(table, _maximised(rule))
+    return [
+        *words,
+        "The intervals cover new samples and new classifiers, neither another training nor other test images.",
+        "The test split has been looked at: choose by validation, not by this table.",
+    ]
+
+
+def _ranking_in_words(table: pd.DataFrame, maximised: bool) -> list[str]:
+    rows = rows_of(table)
+    first, top = rows[0], min(rows, key=lambda row: row["judged_rank"])
+    told = f"{first['trial']} is number {first['judged_rank']} of {len(rows)} on test"
+    chance = f"the probability that it is the best of them is {first['probability_best']:.0%}"
+    apart = top["judged_low"] > first["judged_high"] if maximised else top["judged_high"] < first["judged_low"]
+    if first["probability_best"] >= CONFIDENCE:
+        verdict = "The selection holds"
+    elif apart:
+        verdict = f"The selection does not hold: {top['trial']} is better by more than both intervals"
+    else:
+        verdict = "The selection is not refuted, nor confirmed"
+    words = [f"{verdict}: {told}; {chance}." if not apart else f"{verdict}. {told}; {chance}."]
+    same = [row["trial"] for row in rows if row is not top and _overlap(row, top)]
+    if same:
+        words.append(f"Not to be told apart from {top['trial']}, the best on test: {', '.join(same)}.")
+    if len(rows) > 2:
+        tau = stats.kendalltau(table["rank"], table["judged_rank"]).statistic
+        words.append(f"Order of the selection and on test: Kendall's τ {tau:.2f} (1 the same, 0 unrelated).")
+    return words
+
+
+def _overlap(one: Row, other: Row) -> bool:
+    return one["judged_low"] <= other["judged_high"] and other["judged_low"] <= one["judged_high"]

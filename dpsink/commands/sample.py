@@ -62,7 +62,7 @@ def sample(
         except OSError as error:
             raise InputError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
     if as_json:
-        console.print_json({**card, "images": str(data), "card": str(card_file), "count": len(labels)})
+        console.print_json({**card, "seed": seed, "images": str(data), "card": str(card_file), "count": len(labels)})
         return
     lines = f"{len(labels):,} images: {data}\nprivacy card: {card_file}\n{privacy_line(card)}"
     console.out.print(lines, markup=False, soft_wrap=True)

@@ -1,10 +1,9 @@
-"""Synthetic images: drawn from a trained generator, as tensors, as a grid, as a labelled data set on disk."""
+"""Synthetic images: drawn from a trained generator, as tensors and as a grid."""
 
 import io
-import json
 import math
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -13,32 +12,53 @@ from torch import Tensor, nn
 
 from dpsink.data import LabelledImages, to_uint8
 from dpsink.generators import draw_latents
-from dpsink.records import CheckpointState, write_atomically
 
 BATCH = 500  # images per forward pass
 GRID_COLUMNS = 10
 
 
-def generate(generator: nn.Module, labels: Tensor, *, num_classes: int, seed: int) -> LabelledImages:
-    """Samples with the given labels, from the generator in evaluation mode.
+def stream(generator: nn.Module, labels: Tensor, *, num_classes: int, seed: int) -> Iterator[LabelledImages]:
+    """Samples with the given labels, batch by batch, from the generator in evaluation mode and on its own device.
+
+    Latents are drawn on the CPU in the order of the labels: what is read of the stream, and how, changes no image.
 
     Args:
         labels: int64, (N,).
         seed: of the latents; public.
+
+    Yields:
+        Images on the CPU with their labels, 500 at a time.
     """
-    rng = torch.Generator().manual_seed(seed)
+    rng, device = torch.Generator().manual_seed(seed), device_of(generator)
     generator.eval()
-    with torch.no_grad():
-        parts = [
-            to_uint8(generator(draw_latents(len(part), _latent_dim(generator), rng), part))
-            for part in labels.split(BATCH)
-        ]
-    return LabelledImages(torch.cat(parts), labels, num_classes)
+    for part in labels.split(BATCH):
+        latents = draw_latents(len(part), _latent_dim(generator), rng).to(device)
+        with torch.no_grad():
+            images = to_uint8(generator(latents, part.to(device))).cpu()
+        yield LabelledImages(images, part, num_classes)
+
+
+def generate(generator: nn.Module, labels: Tensor, *, num_classes: int, seed: int) -> LabelledImages:
+    """All samples of `stream` at once."""
+    parts = stream(generator, labels, num_classes=num_classes, seed=seed)
+    return LabelledImages(torch.cat([part.images for part in parts]), labels, num_classes)
 
 
 def balanced_labels(count: int, num_classes: int) -> Tensor:
     """Labels 0, 1, …, K−1, 0, 1, …: equal counts up to a remainder; int64, (count,)."""
     return torch.arange(count) % num_classes
+
+
+def labels_of(counts: Sequence[int]) -> Tensor:
+    """So many labels of each class, in turns while they last; int64, (sum(counts),)."""
+    turns = torch.cat([torch.arange(count) for count in counts])
+    classes = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    return classes[turns.argsort(stable=True)]
+
+
+def device_of(generator: nn.Module) -> torch.device:
+    """Where its weights lie; the control has buffers only."""
+    return next(chain(generator.parameters(), generator.buffers())).device
 
 
 def sample_grid(generator: nn.Module, *, num_classes: int, seed: int = 0, rows: int = 10) -> bytes:
@@ -66,33 +86,6 @@ def encode_png(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
-
-
-def synthesize(
-    generator: nn.Module, description: CheckpointState, card: dict[str, Any], *, count: int, seed: int, out: Path
-) -> tuple[Path, Path]:
-    """Writes `count` labelled samples as npz (`images` uint8 NHWC, `labels` int64) and their privacy card.
-
-    Args:
-        card: the statement that covers the generator; stands beside the data as `NAME.card.json`.
-        out: path of the npz; its folder must exist.
-
-    Returns:
-        Paths of the npz and of the card.
-    """
-    classes = description.num_classes
-    samples = generate(generator, balanced_labels(count, classes), num_classes=classes, seed=seed)
-    card_path = out.with_name(f"{out.stem}.card.json")
-    draft = out.with_name(f".{out.name}.part.npz")
-    try:
-        np.savez_compressed(draft, images=samples.images.permute(0, 2, 3, 1).numpy(), labels=samples.labels.numpy())
-        # Data never stand without their card, nor with the card of others.
-        out.unlink(missing_ok=True)
-        write_atomically(card_path, json.dumps(card, indent=1, default=str) + "\n")
-        draft.replace(out)
-    finally:
-        draft.unlink(missing_ok=True)
-    return out, card_path
 
 
 def _latent_dim(generator: nn.Module) -> int:

@@ -80,7 +80,7 @@ def train(
     Raises:
         InputError: the folder belongs to another trial or process, is damaged, or cannot be written.
     """
-    _set_up(performance)  # what cannot run is refused before anything is written
+    set_up(performance)  # what cannot run is refused before anything is written
     with TrialRun.open(config, data, folder, entropy or OsEntropy()) as run:
         run.on_progress = on_progress
         for _, report in train_together([run], performance=performance, should_stop=should_stop):
@@ -130,7 +130,7 @@ class Ensemble:
     """
 
     def __init__(self, performance: Performance = DEFAULT_PERFORMANCE) -> None:
-        _set_up(performance)
+        set_up(performance)
         self._performance = performance
         self._waiting: list[TrialRun] = []
         self._running: list[TrialRun] = []
@@ -475,7 +475,8 @@ def _claim_folder(folder: Path, config: TrialConfig) -> None:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _set_up(performance: Performance) -> None:
+def set_up(performance: Performance) -> None:
+    """Prepares this process for a device; refuses one that is not there."""
     device, there = torch.device(performance.device), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= there:
         raise InputError(f"performance.device={device} must be cpu, or one of the {there} CUDA devices of this machine")

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -258,13 +259,70 @@ def test_evaluate_shows_the_guarantee_on_one_line(trained: Path, dpsink: Command
     assert last.startswith("(ε, δ) = (1.") and last.endswith("6 steps charged")
 
 
+def test_evaluate_shows_floor_interval_and_control_in_80_columns(
+    trained: Path, dpsink: Command, tmp_path: Path, digits
+) -> None:
+    words = shlex.split(json.loads(dpsink("evaluate", trained, "--samples", "40", "--json").out)["control_command"])
+    assert dpsink(*words[1:], "--out", tmp_path / "control").code == 0
+    shown = ("evaluate", trained, "--samples", "40", "--seeds", "2", "--control", tmp_path / "control")
+    lines = dpsink(*shown).out.splitlines()
+    assert lines[0].split() == ["metric", "test", "±", "95", "%", "class", "means", "floor"]
+    table = {line.split()[0]: line.split()[1:] for line in lines[1:10]}
+    assert {name: len(cells) for name, cells in table.items()} == {
+        "fid": 4, "kid": 4, "precision": 3, "recall": 3, "variety": 3, "accuracy_logreg": 3, "accuracy_mlp": 3,
+        "accuracy_cnn": 3, "accuracy": 3,
+    }  # fmt: skip
+    assert max(map(len, lines[:10])) <= 80
+    assert any(line.startswith("floor: validation (180 images) against test (180 images)") for line in lines)
+
+
+def test_evaluate_of_images_says_that_nothing_is_known_of_their_privacy(dpsink: Command, tmp_path: Path) -> None:
+    np.savez(tmp_path / "theirs.npz", images=np.zeros((40, 8, 8), np.uint8), labels=np.arange(40) % 10)
+    words = ("evaluate", tmp_path / "theirs.npz", "--data", "digits", "--samples", "40")
+    answer = dpsink(*words, "data.validation_size=0")
+    assert answer.code == 0, answer.err
+    assert answer.out.splitlines()[-1] == "nothing is known about the privacy of these images: no ε is claimed"
+    assert "floor: one half of test (90 images) against the other (90 images)" in answer.out
+    assert "--control" not in answer.out
+    told = json.loads(dpsink(*words, "--json").out)
+    assert (told["epsilon"], told["control_command"]) == (None, None)
+
+
 def test_sample_writes_the_images_of_the_generator_and_its_card(trained: Path, dpsink: Command, tmp_path: Path) -> None:
     out = tmp_path / "new" / "set.npz"
     told = json.loads(dpsink("sample", trained, "--out", out, "--count", "30", "--json").out)
-    card = json.loads((tmp_path / "new" / "set.card.json").read_text())
-    assert told == {"images": str(out), "card": str(tmp_path / "new" / "set.card.json"), **card}
+    card_file = tmp_path / "new" / "set.npz.card.json"
+    card = json.loads(card_file.read_text())
+    assert told == {**card, "images": str(out), "card": str(card_file), "count": 30}
     with np.load(out) as arrays:
         assert np.bincount(arrays["labels"]).tolist() == [3] * 10
+
+
+@pytest.mark.parametrize(
+    ("words", "counts"),
+    [
+        ((), [1000] * 10),
+        (("--count", "12"), [2, 2, *[1] * 8]),
+        (("--per-class", "4"), [4] * 10),
+        (("--class-counts", "0=5,3=2"), [5, 0, 0, 2, *[0] * 6]),
+    ],
+)
+def test_sample_makes_the_counts_that_are_asked_for(
+    words: tuple[str, ...], counts: list[int], trained: Path, dpsink: Command, tmp_path: Path
+) -> None:
+    assert dpsink("sample", trained, "--out", tmp_path / "set.npz", *words).code == 0
+    assert np.bincount(np.load(tmp_path / "set.npz")["labels"], minlength=10).tolist() == counts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["set.npz", "set.parquet", "set"])
+def test_interrupted_sampling_leaves_nothing_and_says_so(name: str, trained: Path, tmp_path: Path) -> None:
+    running = process("sample", trained, "--out", tmp_path / name, "--count", "3000000")
+    wait_for(lambda: any(tmp_path.iterdir()), running)
+    running.send_signal(signal.SIGINT if name == "set" else signal.SIGTERM)
+    answer = finish(running)
+    assert (answer.code, answer.out, answer.errors[-1]) == (130, "", "interrupted")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sample_prints_paths_whole_however_long(trained: Path, dpsink: Command, tmp_path: Path) -> None:
@@ -551,6 +609,10 @@ def test_data_that_have_changed_since_are_refused(trained: Path, dpsink: Command
         (["--inception-weights", __file__], r"test_cli\.py"),
         (["--seed", "-1"], "--seed"),
         (["--seed", str(2**64)], "--seed"),
+        (["--seeds", "0"], "--seeds"),
+        (["--device", "cuda:99"], "device=cuda:99"),
+        (["--data", "digits"], "judged by the data that it was made for"),
+        (["--control", "/nonexistent"], "/nonexistent: holds no checkpoint"),
     ],
 )
 def test_evaluation_that_cannot_be_is_refused(
@@ -563,8 +625,13 @@ def test_evaluation_that_cannot_be_is_refused(
     ("words", "named"),
     [
         (["--out", "taken.npz"], r"taken\.npz: exists; choose another --out, or --force"),
-        (["--out", "set.png"], r"set\.png: must end in \.npz"),
-        (["--out", "set"], r"set: must end in \.npz"),
+        (["--out", "set.png"], r"set\.png: must end in \.npz or \.parquet, or be the name of a folder"),
+        (["--out", "set", "--format", "npz"], r"--format=npz does not go with --out=set"),
+        (["--out", "set.npz", "--format", "png"], r"--format=png does not go with --out=set\.npz"),
+        (["--out", "set.npz", "--format", "jpg"], "--format"),
+        (["--out", "mine", "--force"], r"mine: cannot be written .*not replaced"),
+        (["--out", "new.npz", "--per-class", "2"], "give one of --count and --per-class"),
+        (["--out", "new.npz", "--device", "cuda:99"], r"device=cuda:99"),
         (["--out", "new.npz", "--count", "0"], "--count"),
         (["--out", "new.npz", "--seed", str(2**64)], "--seed"),
         (["--out", "folder.npz", "--force"], r"folder\.npz: cannot be written .*choose another --out"),
@@ -578,9 +645,16 @@ def test_samples_that_cannot_be_written_are_refused(
 ) -> None:
     (tmp_path / "taken.npz").write_bytes(b"mine")
     (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "mine").mkdir()
     monkeypatch.chdir(tmp_path)
     check_refused(dpsink("sample", trained, "--count", "10", *words), named)
     assert contents(tmp_path) == {"taken.npz": b"mine"}
+
+
+@pytest.mark.parametrize("text", ["0", "0=", "0=x", "10=5", "0=1,0=2", "-1=3", "0=0", "a=1", "0=5,"])
+def test_counts_that_cannot_be_are_refused(text: str, trained: Path, dpsink: Command, tmp_path: Path) -> None:
+    check_refused(dpsink("sample", trained, "--out", tmp_path / "set", "--class-counts", text), "--class-counts=")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,9 @@ from dpsink.datasets import DATASETS, celeba, files
 from dpsink.errors import InputError
 from dpsink.judging import judge
 from dpsink.records import latest_checkpoint, read_state
-from dpsink.synthesis import synthesize
+from dpsink.synthesis import balanced_labels
 from dpsink.training import train as run_training
+from dpsink.writing import synthesize
 
 OWN: dict[str, Any] = {"test": "public", "validation": "public"}
 RNG = np.random.default_rng(0)
@@ -768,5 +769,7 @@ def test_card_of_own_data_names_no_file_of_theirs(own_run: Path, tmp_path: Path)
 
 def test_synthetic_data_set_is_own_data_to_the_next_trial(own_run: Path, tmp_path: Path) -> None:
     generator, description = load_generator(own_run)
-    synthesize(generator, description, {}, count=12, seed=0, out=tmp_path / "made.npz")
-    assert len(load(tmp_path, "npz:made.npz", classes=2, test_size=4, **OWN).train) == 8
+    for out, settings in (("made.npz", {"classes": 2}), ("made", {})):
+        synthesize(generator, description, {}, labels=balanced_labels(12, 2), seed=0, out=tmp_path / out)
+        name = f"{'npz' if settings else 'folder'}:{out}"
+        assert len(load(tmp_path, name, test_size=4, **settings, **OWN).train) == 8

@@ -2,9 +2,12 @@
 
 import io
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -15,9 +18,11 @@ from dpsink.generators import ClassMean, ConvCond
 from dpsink.judging import privacy_card, privacy_line
 from dpsink.privacy.accounting import epsilon
 from dpsink.records import CheckpointState
-from dpsink.synthesis import balanced_labels, encode_png, generate, sample_grid, synthesize, tile
+from dpsink.synthesis import balanced_labels, encode_png, generate, labels_of, sample_grid, stream, tile
+from dpsink.writing import card_path, synthesize
 
 SHAPE = (1, 8, 8)
+OUTS = ("set.npz", "set.parquet", "set")  # one name a format
 PLAN = {
     "mechanism": "record", "records": 1437, "sample_rate": 0.1, "noise_multiplier": 3.0, "clip_norm": 20.0,
     "steps": 100, "target_epsilon": 10.0, "delta": 5e-5,
@@ -48,9 +53,8 @@ def described(config: TrialConfig | None = None, **changes) -> CheckpointState:
 def written(out: Path, *, count: int = 25, seed: int = 0) -> tuple[dict[str, np.ndarray], dict]:
     """The arrays and the card of a synthetic set of small digits."""
     description = described()
-    data, card = synthesize(
-        conv(), description, privacy_card(out.parent, description), count=count, seed=seed, out=out
-    )  # fmt: skip
+    card = privacy_card(out.parent, description)
+    data, card = synthesize(conv(), description, card, labels=balanced_labels(count, 10), seed=seed, out=out)
     with np.load(data, allow_pickle=False) as arrays:
         return dict(arrays), json.loads(card.read_text())
 
@@ -80,7 +84,7 @@ def test_labels_are_balanced_up_to_the_remainder(count: int, classes: int) -> No
 def test_images_are_those_of_their_labels(tmp_path: Path) -> None:
     levels = [-1.0, 0.0, 1.0]
     data, _ = synthesize(
-        flat(levels), described(num_classes=3), {}, count=12, seed=0, out=tmp_path / "set.npz"
+        flat(levels), described(num_classes=3), {}, labels=balanced_labels(12, 3), seed=0, out=tmp_path / "set.npz"
     )  # fmt: skip
     with np.load(data) as arrays:
         assert (arrays["images"].reshape(12, -1) == np.array([0, 128, 255])[arrays["labels"]][:, None]).all()
@@ -115,7 +119,106 @@ def test_image_of_a_sample_does_not_depend_on_the_others_in_its_batch() -> None:
     assert (whole[:5].int() - few.int()).abs().max() <= 1  # one grey level: sums in another order
 
 
+def test_counts_of_classes_are_kept_and_take_turns() -> None:
+    assert labels_of([3, 0, 1, 2]).tolist() == [0, 2, 3, 0, 3, 0]
+    assert torch.equal(labels_of([4, 4, 4]), balanced_labels(12, 3))
+
+
+# The formats.
+
+
+def in_format(out: Path, *, shape: tuple[int, int, int] = SHAPE, count: int = 1203, seed: int = 3) -> Path:
+    """A set of 1,203 samples, more than two batches, in the format of the name."""
+    data, _ = synthesize(
+        conv(shape), described(image_shape=shape), {"epsilon": 1}, labels=balanced_labels(count, 10), seed=seed, out=out
+    )  # fmt: skip
+    return data
+
+
+def read_back(data: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, H, W, C) and labels in the order in which they were drawn, by other libraries' readers."""
+    if data.suffix == ".npz":
+        with np.load(data, allow_pickle=False) as arrays:
+            return arrays["images"], arrays["labels"]
+    if data.suffix == ".parquet":
+        frame = pd.read_parquet(data)
+        pictures = [Image.open(io.BytesIO(image["bytes"])) for image in frame["image"]]
+        labels = frame["label"].to_numpy()
+    else:
+        files = sorted(data.rglob("*.png"), key=lambda path: path.name)
+        pictures, labels = [Image.open(path) for path in files], np.array([int(path.parent.name) for path in files])
+    images = np.stack([np.asarray(picture) for picture in pictures])
+    return images.reshape(*images.shape[:3], -1), labels
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8)])
+@pytest.mark.parametrize("name", OUTS)
+def test_seed_gives_the_same_images_in_every_format(name: str, shape: tuple[int, int, int], tmp_path: Path) -> None:
+    expected = generate(conv(shape), balanced_labels(1203, 10), num_classes=10, seed=3)
+    images, labels = read_back(in_format(tmp_path / name, shape=shape))
+    assert (images == expected.images.permute(0, 2, 3, 1).numpy()).all()
+    assert (labels == expected.labels.numpy()).all()
+
+
+def test_latents_do_not_depend_on_the_size_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = balanced_labels(60, 10)
+    whole = generate(conv(), labels, num_classes=10, seed=0).images
+    monkeypatch.setattr("dpsink.synthesis.BATCH", 7)
+    parts = list(stream(conv(), labels, num_classes=10, seed=0))
+    assert len(parts) == 9
+    assert (torch.cat([part.images for part in parts]).int() - whole.int()).abs().max() <= 1  # one grey level
+
+
+@pytest.mark.parametrize("name", OUTS)
+def test_samples_are_written_as_they_are_drawn(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At no time more than a few batches are alive: a million images need no more memory than a thousand."""
+    drawn, most, batches = [], [0], stream
+
+    def watched(*words, **more):
+        for batch in batches(*words, **more):
+            drawn.append(weakref.ref(batch.images))
+            most[0] = max(most[0], sum(image() is not None for image in drawn))
+            yield batch
+
+    monkeypatch.setattr("dpsink.writing.stream", watched)
+    monkeypatch.setattr("dpsink.synthesis.BATCH", 50)
+    in_format(tmp_path / name)
+    assert most[0] <= 3
+
+
+def test_parquet_says_what_it_holds_as_the_datasets_library_does(tmp_path: Path) -> None:
+    schema = pq.read_schema(in_format(tmp_path / "set.parquet", count=20))
+    features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    assert features == {"image": {"_type": "Image"}, "label": {"_type": "Value", "dtype": "int64"}}
+    assert str(schema.field("image").type) == "struct<bytes: binary, path: string>"
+
+
+@pytest.mark.parametrize("name", OUTS)
+def test_generator_without_classes_writes_no_labels(name: str, tmp_path: Path) -> None:
+    description = described(load_config(None, ["generator.conditional=false"]))
+    labels = balanced_labels(20, 10)
+    data, _ = synthesize(conv(), description, {}, labels=labels, seed=0, out=tmp_path / name)
+    if data.suffix == ".npz":
+        assert np.load(data).files == ["images"]
+    elif data.suffix == ".parquet":
+        assert pq.read_schema(data).names == ["image"]
+    else:
+        assert {path.parent.name for path in data.rglob("*.png")} == {"unlabelled"}
+
+
+@pytest.mark.parametrize("name", OUTS)
+def test_card_tells_the_number_of_images_and_the_seed(name: str, tmp_path: Path) -> None:
+    card = json.loads(card_path(in_format(tmp_path / name)).read_text())
+    assert (card["images"], card["seed"], card["epsilon"]) == (1203, 3, 1)
+
+
 # The card.
+
+
+def test_card_names_adjacency_and_accountant(tmp_path: Path) -> None:
+    card = privacy_card(tmp_path, described())
+    assert "adding or removing one record" in card["adjacency"]
+    assert card["accountant"].startswith("dp-accounting")
 
 
 def test_card_tells_epsilon_of_the_charged_steps_and_not_of_the_kept_ones(tmp_path: Path) -> None:
@@ -161,7 +264,7 @@ def test_card_stands_before_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def watch(self: Path, target: Path) -> Path:
         if Path(target) == out:
-            seen.append((tmp_path / "set.card.json").exists())
+            seen.append((tmp_path / "set.npz.card.json").exists())
         return rename(self, target)
 
     monkeypatch.setattr(Path, "replace", watch)
@@ -169,30 +272,49 @@ def test_card_stands_before_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert seen == [True]
 
 
-@pytest.mark.parametrize("failing", ["numpy.savez_compressed", "dpsink.synthesis.write_atomically"])
-def test_failed_writing_leaves_nothing(failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(failing, crash)
-    with pytest.raises(OSError, match="No space"):
-        written(tmp_path / "set.npz")
+@pytest.mark.parametrize("name", OUTS)
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_writing_that_ends_halfway_leaves_nothing(name: str, error: BaseException, tmp_path: Path) -> None:
+    def stop(done: int) -> None:
+        assert len(list(tmp_path.iterdir())) == 1, "a draft is being written"
+        if done >= 1000:
+            raise error
+
+    with pytest.raises(type(error)):
+        synthesize(
+            conv(), described(), {}, labels=balanced_labels(1500, 10), seed=0, out=tmp_path / name, on_progress=stop
+        )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_disk_in_the_middle_of_the_data_leaves_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(path: Path, **_) -> None:
-        path.write_bytes(b"PK")
-        crash()
-
-    monkeypatch.setattr("numpy.savez_compressed", half)
+@pytest.mark.parametrize("name", OUTS)
+def test_failed_card_leaves_no_data(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpsink.writing.write_atomically", crash)
     with pytest.raises(OSError, match="No space"):
-        written(tmp_path / "set.npz")
+        written(tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_failed_replacement_of_a_folder_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, rename = tmp_path / "set", Path.replace
+    in_format(out)
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
+
+    def die(self: Path, target: Path) -> Path:
+        return crash() if Path(target) == out else rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", die)
+    with pytest.raises(OSError, match="No space"):
+        in_format(out, seed=1)
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_earlier_data_never_stand_beside_the_card_of_the_new_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A crash while a set is replaced may lose data, and never leaves them under another guarantee."""
-    out, card, rename = tmp_path / "set.npz", tmp_path / "set.card.json", Path.replace
+    out, card, rename = tmp_path / "set.npz", tmp_path / "set.npz.card.json", Path.replace
     written(out)
     before = card.read_text()
 
@@ -203,7 +325,7 @@ def test_earlier_data_never_stand_beside_the_card_of_the_new_ones(
 
     monkeypatch.setattr(Path, "replace", die)
     with pytest.raises(OSError, match="No space"):
-        synthesize(conv(), described(), {"epsilon": 0.1}, count=5, seed=0, out=out)
+        synthesize(conv(), described(), {"epsilon": 0.1}, labels=balanced_labels(5, 10), seed=0, out=out)
     assert card.read_text() == before or not out.exists()
 
 

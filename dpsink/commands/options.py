@@ -24,3 +24,11 @@ Run = Annotated[Path, typer.Argument(help="folder of a run, a checkpoint or an e
 def with_skip_bad(overrides: Sequence[str] | None, skip_bad: bool) -> list[str]:
     """The overrides, and the one that --skip-bad stands for: so it is part of the trial, its hash and its record."""
     return [*(overrides or ()), *(["data.skip_bad=true"] if skip_bad else ())]
+
+
+def use_device(device: str, threads: int) -> None:
+    """Prepares this process, or refuses a device that is not there, before anything is read or written."""
+    from dpsink.config import Performance, validate
+    from dpsink.training import set_up
+
+    set_up(validate(Performance, {"device": device, "threads": threads}, source="performance"))

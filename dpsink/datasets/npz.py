@@ -32,7 +32,10 @@ class NpzSource:
 
     def images(self, part: str) -> Decoded:
         """Pixels of a part, read now."""
-        pixels = _images(self.files[part], len(self.labels[part]))
+        path, rows = self.files[part], len(self.labels[part])
+        pixels = read_images(path)
+        if len(pixels) != rows:
+            raise InputError(f"{path}: holds {len(pixels)} images and {rows} labels; there must be one label an image")
         return Decoded(self.form.apply_to_all(pixels), self.bad[part])
 
 
@@ -55,6 +58,15 @@ def open_npz(config: DataConfig, place: Path) -> NpzSource:
     return NpzSource(place, files, usable, bad, classes, Form.of(config))
 
 
+def has_labels(path: Path) -> bool:
+    """Whether an npz names a class for each image."""
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return "labels" in arrays.files
+    except Exception as error:  # a damaged file may raise anything
+        raise InputError(f"{path}: is damaged, or no npz of plain numbers ({type(error).__name__})") from None
+
+
 def _labels(path: Path) -> np.ndarray:
     labels = _array(path, "labels")
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
@@ -62,14 +74,16 @@ def _labels(path: Path) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-def _images(path: Path, rows: int) -> np.ndarray:
-    """uint8, (rows, C, H, W)."""
+def read_images(path: Path) -> np.ndarray:
+    """The images of an npz, uint8 (rows, C, H, W).
+
+    Raises:
+        InputError: no npz, or an array of another form.
+    """
     images = _array(path, "images")
     images = images[..., None] if images.ndim == 3 else images
     if images.ndim != 4 or images.shape[3] not in (1, 3) or images.dtype != np.uint8:
         raise InputError(f"{path}: images must be uint8, (N, H, W) or (N, H, W, 1 or 3), not {_described(images)}")
-    if len(images) != rows:
-        raise InputError(f"{path}: holds {len(images)} images and {rows} labels; there must be one label an image")
     return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
 
 

@@ -44,6 +44,7 @@ def evaluate(
     classifiers: Sequence[str] = CLASSIFIERS,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    labelled: bool = True,
 ) -> dict[str, float]:
     """All metrics of synthetic images against real ones; every value is finite, whatever the images show.
 
@@ -54,6 +55,7 @@ def evaluate(
         classifiers: names out of `CLASSIFIERS`; may be empty.
         seed: of everything random; the metrics are a function of it and of the arguments.
         device: where classifiers are trained; the extractor has its own.
+        labelled: whether the synthetic labels mean anything; without, there is neither `variety` nor accuracy.
 
     Returns:
         `fid`, `kid` (about 0 for real images, 1e6 at worst), `precision`, `recall` (in [0, 1]), `variety` (0
@@ -66,8 +68,11 @@ def evaluate(
     """
     refuse_private(reference)
     _check(synthetic, reference)
+    distances = fidelity(synthetic, reference, extractor=extractor, seed=seed)
+    if not labelled:
+        return distances
     return (
-        fidelity(synthetic, reference, extractor=extractor, seed=seed)
+        distances
         | {"variety": variety(synthetic, reference)}
         | classifier_accuracies(synthetic, reference, classifiers=classifiers, seed=seed, device=device)
     )

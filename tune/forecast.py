@@ -26,6 +26,7 @@ from tune.space import active
 from tune.study import Study
 
 TIMED_SECONDS = 2.0  # of steps, for each kind of trial
+TIMED_AT = (0.25, 0.75)  # quantiles of the space
 ENDLESS = 10**9  # steps
 ONE_THREAD = Performance(threads=1)  # as in a study
 
@@ -40,10 +41,10 @@ def forecast(study: Study, data_root: Path | None) -> dict[str, Any]:
     """
     plan = check_study(study, data_root)
     clock = _Clock(plan)
-    middle = active(study.space, {path: dimension.at(0.5) for path, dimension in study.space.items()})
+    inside = [study.configure(_at(study, quantile)) for quantile in TIMED_AT]
     rows = [
-        _row(name, study.seeds, [plan.baselines[name]], study.baseline(name), clock) for name in study.baselines
-    ] + [_row("search", _searched(study) * study.seeds, plan.searched, study.configure(middle), clock)]
+        _row(name, study.seeds, [plan.baselines[name]], [study.baseline(name)], clock) for name in study.baselines
+    ] + [_row("search", _searched(study) * study.seeds, plan.searched, inside, clock)]
     concurrency = study.resources.concurrency or max(1, int((os.cpu_count() or 1) // study.resources.cpu))
     seconds = _total(rows, concurrency)
     price = study.resources.price_per_hour
@@ -88,7 +89,7 @@ def print_forecast(document: dict[str, Any]) -> None:
     if document["sealed"]:
         lines.append("trials:  their number is drawn in secret; this is the mean")
     lines += [
-        "         timed on this machine, one trial alone: steps of each baseline and of the middle of the space on",
+        "         timed on this machine, one trial alone: steps of each baseline and at two points of the space, on",
         "         random images, and one evaluation; without Ray's start and the last word on the test split",
         "nothing was started or written",
     ]
@@ -96,15 +97,20 @@ def print_forecast(document: dict[str, Any]) -> None:
         out.print(line, markup=False, soft_wrap=True)
 
 
+def _at(study: Study, quantile: float) -> dict[str, Any]:
+    return active(study.space, {path: dimension.at(quantile) for path, dimension in study.space.items()})
+
+
 def _searched(study: Study) -> float:
     return study.ledger.selection.expected_trials if study.ledger.selection else study.configurations
 
 
 def _row(
-    name: str, trials: float, plans: Sequence[PrivacyPlan], config: TrialConfig, clock: "_Clock"
+    name: str, trials: float, plans: Sequence[PrivacyPlan], timed: Sequence[TrialConfig], clock: "_Clock"
 ) -> dict[str, Any]:
-    step, report = clock.step_seconds(config), clock.report_seconds(config)
-    reports = [min(config.evaluation.points, plan.steps) for plan in plans]
+    steps, report = _range([clock.step_seconds(config) for config in timed]), clock.report_seconds(timed[0])
+    points = timed[0].evaluation.points
+    each = [plan.steps * step + min(points, plan.steps) * report for plan in plans for step in steps]
     epsilons = {plan: plan.epsilon(plan.steps) for plan in set(plans)}
     return {
         "name": name,
@@ -113,9 +119,9 @@ def _row(
         "noise_multiplier": _range([plan.noise_multiplier for plan in plans]),
         "sample_rate": _range([plan.sample_rate for plan in plans]),
         "epsilon": _range(list(epsilons.values())),
-        "seconds_per_step": step,
+        "seconds_per_step": steps,
         "seconds_per_report": report,
-        "seconds": _range([plan.steps * step + told * report for plan, told in zip(plans, reports, strict=True)]),
+        "seconds": _range(each),
     }
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,9 +146,8 @@ class _Clock:
         """Of one step; of the control's single release none."""
         if config.generator.kind == "class_mean":
             return 0.0
-        deadline = time.monotonic() + TIMED_SECONDS
         with tempfile.TemporaryDirectory() as place:
-            for _ in self._train(config, Path(place), ENDLESS, deadline):
+            for _ in self._train(config, Path(place), ENDLESS, _Alarm(TIMED_SECONDS)):
                 raise AssertionError("a trial without end told its end")
             checkpoint = latest_checkpoint(Path(place))
             assert checkpoint is not None
@@ -162,11 +161,11 @@ class _Clock:
         if config.evaluation not in self._reports:
             started = time.monotonic()
             with tempfile.TemporaryDirectory() as place:
-                (report,) = self._train(config, Path(place), 1, math.inf)
+                (report,) = self._train(config, Path(place), 1, _Alarm(math.inf))
             self._reports[config.evaluation] = time.monotonic() - started - report.step / report.steps_per_second
         return self._reports[config.evaluation]
 
-    def _train(self, config: TrialConfig, place: Path, steps: int, deadline: float) -> Any:
+    def _train(self, config: TrialConfig, place: Path, steps: int, should_stop: Callable[[], bool]) -> Any:
         """So many steps without privacy, which needs no accountant, on images that are nobody's."""
         privacy = config.privacy.model_copy(
             update={
@@ -176,7 +175,21 @@ class _Clock:
         )  # fmt: skip
         evaluation = config.evaluation.model_copy(update={"points": 1})
         timed = config.model_copy(update={"privacy": privacy, "evaluation": evaluation})
-        return train(timed, self.data, place, performance=ONE_THREAD, should_stop=lambda: time.monotonic() > deadline)
+        return train(timed, self.data, place, performance=ONE_THREAD, should_stop=should_stop)
+
+
+class _Alarm:
+    """Goes off so many seconds after it was first asked: before the first step, whose preparations take their time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.deadline: float | None = None
+
+    def __call__(self) -> bool:
+        if self.deadline is None:
+            self.deadline = time.monotonic() + self.seconds
+            return False
+        return time.monotonic() > self.deadline
 
 
 def _random_stand_in(data: ImageData) -> ImageData:

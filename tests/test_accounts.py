@@ -171,4 +171,4 @@ def test_ledger_that_cannot_be_opened_releases_the_other(folder: Path) -> None:
 
 def test_terms_that_no_account_can_keep_are_refused_before_anything_is_written() -> None:
     with pytest.raises(InputError, match="study_epsilon"):
-        terms(TRIAL, TRIAL, study_epsilon=1e-9).check()
+        terms(TRIAL, TRIAL, study_epsilon=1e-9).worst_case()

@@ -27,7 +27,8 @@ DESIGN = ROOT / "docs" / "design.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "experiments").rglob("*.md"))]
 APPS = {"dpsink": dpsink.cli.app, "dpsink-tune": tune.cli.app, "dpsink-analysis": analysis.cli.app}
 COMMANDS = {name: typer.main.get_command(app) for name, app in APPS.items()}
-SILENT = {("dpsink-tune", "track"), ("dpsink-tune", "ui")}  # they do something and answer nothing
+# They do something and answer nothing; a schema is JSON anyway.
+SILENT = {("dpsink-tune", "track"), ("dpsink-tune", "ui"), ("dpsink-tune", "schema")}
 
 
 def place(path: Path) -> str:

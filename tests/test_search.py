@@ -21,14 +21,15 @@ from dpsink.data import ImageData
 from dpsink.engine import TrialState
 from dpsink.errors import InputError
 from dpsink.generators import build_generator
-from dpsink.privacy.budget import TrialBudget
+from dpsink.privacy.budget import TrialBudget, charged_steps
 from dpsink.privacy.ledger import Selection, planned_epsilon
 from dpsink.privacy.plan import derive_plan
 from dpsink.records import CheckpointState, Report
 from dpsink.synthesis import sample_grid
 from dpsink.training import train
 from tune import search
-from tune.folder import StudyFolder
+from tune.choice import chosen_trials, configurations, pareto_front, select_best
+from tune.folder import StudyFolder, StudyRecord
 from tune.memory import open_optuna
 from tune.preflight import check_study
 from tune.search import StudySearcher, config_id
@@ -94,9 +95,12 @@ class Driver:
         ray_id = next(ray for ray, trial in self.searcher.names.items() if trial == name)
         self.searcher.on_trial_complete(ray_id, error=error)
 
-    def run(self, name: str, value: float = 0.5, *, charged: int = STEPS, status: str = "completed") -> None:
+    def run(
+        self, name: str, value: float = 0.5, *, charged: int = STEPS, status: str = "completed", **metrics: float
+    ) -> None:
         """Leaves the run folder as a worker would."""
-        write_run(self.folder.run(name), self.folder.read_trial(name).config, value, charged, status)
+        config = self.folder.read_trial(name).config
+        write_run(self.folder.run(name), config, {OBJECTIVE: value, **metrics}, charged, status)
 
     def state_of(self, name: str) -> str | None:
         end = self.folder.end_of(name)
@@ -111,14 +115,14 @@ class Driver:
         return [tuple(record.params.values()) for record in self.folder.trials() if record.role == "search"]
 
 
-def write_run(run: Path, config: TrialConfig, value: float, charged: int, status: str) -> None:
+def write_run(run: Path, config: TrialConfig, metrics: dict[str, float], charged: int, status: str) -> None:
     """A run folder: so many steps charged, and one checkpoint."""
     plan = derive_plan(config, 1437)
     with TrialBudget.open(run / "ledger", plan.terms("hmac")) as budget:
         budget.reserve(charged - budget.charged)
     report = Report(
         step=charged, charged=charged, epsilon=1.0, budget_fraction=charged / plan.steps, steps_per_second=1.0,
-        status=status, metrics={OBJECTIVE: value},
+        status=status, metrics=metrics,
     )  # fmt: skip
     description = CheckpointState(
         config=config, plan=asdict(plan), image_shape=(1, 8, 8), num_classes=10, step=charged,
@@ -633,3 +637,303 @@ def test_a_trial_with_private_scores_is_settled_on_both_accounts(start: Callable
     spent = driver.ledger.statement(10).accounts
     assert 0 < spent["training"]["spent"] < 1
     assert spent["private validation"]["spent"] == 0
+
+
+# Several seeds of a configuration.
+
+
+def seeded(seeds: int = 2, *, trials: int = 2, kind: str = "random") -> dict[str, Any]:
+    return {"algorithm": {"kind": kind, "trials": trials, "seeds_per_configuration": seeds}}
+
+
+def test_every_seed_of_a_configuration_is_a_trial_of_its_own(start: Callable[..., Driver]) -> None:
+    driver = start(**seeded(), baselines={"base": {}})
+    names = driver.suggest_all()
+    assert names == [f"{label}-{seed}" for label in ("baseline-base", "trial-0001", "trial-0002") for seed in (1, 2)]
+    assert driver.ledger.admitted == set(names)
+
+
+def test_seeds_differ_and_nothing_else_does(start: Callable[..., Driver]) -> None:
+    driver = start(**seeded(3, trials=1))
+    records = [driver.folder.read_trial(name) for name in driver.suggest_all()]
+    assert [record.config.seed for record in records] == [0, 1, 2]
+    assert len({(record.config_id, record.number, record.label) for record in records}) == 1
+    assert [record.config.model_copy(update={"seed": 0}) for record in records] == [records[0].config] * 3
+
+
+def test_optuna_is_told_the_mean_when_the_last_seed_ends(start: Callable[..., Driver]) -> None:
+    driver = start(**seeded(trials=1))
+    first, second = driver.suggest_all()
+    driver.run(second, 0.2)
+    driver.end(second)
+    assert driver.told() == {0: (Told.RUNNING, None)}
+    driver.run(first, 0.6)
+    driver.end(first)
+    assert driver.told() == {0: (Told.COMPLETE, pytest.approx(0.4))}
+
+
+def test_a_diverged_seed_counts_with_its_worst_value(start: Callable[..., Driver]) -> None:
+    driver = start(**seeded(trials=1))
+    first, second = driver.suggest_all()
+    end_all(driver, [first], value=0.6)
+    end_all(driver, [second], value=0.0, status="diverged")
+    assert driver.told() == {0: (Told.COMPLETE, 0.3)}
+
+
+def test_a_configuration_with_a_failed_seed_has_failed(start: Callable[..., Driver]) -> None:
+    driver = start(**seeded(trials=1))
+    first, second = driver.suggest_all()
+    driver.end(first, error=True)
+    end_all(driver, [second])
+    assert driver.told() == {0: (Told.FAIL, None)}
+
+
+def test_the_mean_survives_drivers(start: Callable[..., Driver]) -> None:
+    """One dies after each of: the decision, the first start, the first end."""
+    driver = start(**seeded(trials=1))
+    assert driver.suggest() == "trial-0001-1"
+    driver.restart()
+    assert driver.suggest_all() == ["trial-0001-1", "trial-0001-2"]
+    end_all(driver, ["trial-0001-1"], value=0.2)
+    driver.restart()
+    assert driver.searcher.remaining == 1
+    assert driver.suggest_all() == ["trial-0001-2"]
+    end_all(driver, ["trial-0001-2"], value=0.4)
+    assert driver.told() == {0: (Told.COMPLETE, pytest.approx(0.3))}
+    assert not driver.searcher.unfinished
+
+
+def test_a_configuration_that_was_cut_short_gets_its_other_seeds_first(start: Callable[..., Driver]) -> None:
+    driver = start(**seeded(3))
+    driver.suggest()
+    driver.restart()
+    assert driver.suggest_all()[:4] == ["trial-0001-1", "trial-0001-2", "trial-0001-3", "trial-0002-1"]
+    assert len(driver.told()) == 2
+
+
+# What is best.
+
+
+def finished_study(start: Callable[..., Driver], values: dict[str, float | None], **changes: Any) -> Driver:
+    """A study whose trials scored these; None: it failed."""
+    driver = start(**changes)
+    for name in driver.suggest_all():
+        value = values[name]
+        if value is None:
+            driver.end(name, error=True)
+        else:
+            end_all(driver, [name], value=value)
+    record = StudyRecord(
+        study_id="1", name="small", experiment="", tracking_uri="", created="", version="", target_epsilon=10,
+        delta=1e-5, data_name="digits", data_fingerprint="", extractor="", objectives=driver.study.objectives,
+        searched=(), seeds=driver.study.seeds,
+    )  # fmt: skip
+    driver.folder.write_study(record, "")
+    return driver
+
+
+SCORES = {"trial-0001-1": 0.9, "trial-0001-2": 0.1, "trial-0002-1": 0.5, "trial-0002-2": 0.7}
+
+
+def test_the_best_configuration_has_the_best_mean_and_its_best_seed_stands_for_it(start: Callable[..., Driver]) -> None:
+    folder = finished_study(start, dict(SCORES), **seeded()).folder
+    ranked = configurations(folder, OBJECTIVE)
+    assert [(one.name, one.metrics[OBJECTIVE]) for one in ranked] == [
+        ("trial-0002", pytest.approx(0.6)),
+        ("trial-0001", pytest.approx(0.5)),
+    ]
+    best = select_best(folder, OBJECTIVE)
+    assert best
+    assert best.name == "trial-0002-2"
+
+
+def test_every_seed_of_the_best_is_judged(start: Callable[..., Driver]) -> None:
+    folder = finished_study(start, dict(SCORES), **seeded()).folder
+    assert [record.name for record in chosen_trials(folder, [OBJECTIVE])] == ["trial-0002-1", "trial-0002-2"]
+
+
+def test_a_configuration_short_of_a_seed_is_not_compared(start: Callable[..., Driver]) -> None:
+    folder = finished_study(start, SCORES | {"trial-0002-1": None}, **seeded()).folder
+    assert [one.name for one in configurations(folder, OBJECTIVE)] == ["trial-0001"]
+
+
+def test_a_stopped_trial_is_not_compared(start: Callable[..., Driver]) -> None:
+    driver = start(trials=2)
+    first, second = driver.suggest_all()
+    end_all(driver, [first], value=0.9, status="running", charged=5)
+    end_all(driver, [second], value=0.1)
+    assert [one.name for one in configurations(driver.folder, OBJECTIVE)] == [second]
+
+
+def test_a_pareto_front_holds_what_nothing_else_beats(start: Callable[..., Driver]) -> None:
+    driver = start(trials=5, objectives=["fid", OBJECTIVE])
+    points = [(3.0, 0.9), (1.0, 0.5), (2.0, 0.5), (1.0, 0.5), (4.0, 0.1)]
+    for name, (fid, accuracy) in zip(driver.suggest_all(), points, strict=True):
+        driver.run(name, accuracy, fid=fid)
+        driver.end(name)
+    front = pareto_front(configurations(driver.folder, "fid"), driver.study.objectives)
+    assert [one.name for one in front] == ["trial-0002", "trial-0004", "trial-0001"]
+    assert {trial.name for trial in chosen_trials(driver.folder, driver.study.objectives)} >= {
+        "trial-0001", "trial-0002", "trial-0004",
+    }  # fmt: skip
+
+
+# Grids.
+
+
+GRID_SPACE = {
+    "sinkhorn.cost": {"choice": ["l2", "l1+l2"]},
+    "sinkhorn.l1_weight": {"uniform": [1, 3], "points": 2, "when": {"sinkhorn.cost": "l1+l2"}},
+}
+
+
+def test_a_grid_is_searched_point_by_point_across_drivers(start: Callable[..., Driver]) -> None:
+    driver = start(algorithm={"kind": "grid"}, space=GRID_SPACE)
+    driver.suggest()
+    driver.restart()
+    assert driver.suggest_all() == ["trial-0001", "trial-0002", "trial-0003"]
+    assert driver.params() == [("l2",), ("l1+l2", 1), ("l1+l2", 3)]
+    assert driver.searcher.remaining == 0
+
+
+def test_a_point_whose_driver_died_before_it_was_recorded_is_searched_again(start: Callable[..., Driver]) -> None:
+    driver = start(algorithm={"kind": "grid"}, space=GRID_SPACE)
+    driver.searcher._memory.ask(0)
+    driver.restart()
+    driver.suggest()
+    assert (driver.params(), driver.told()[0][0]) == ([("l2",)], Told.FAIL)
+
+
+def test_optuna_knows_the_points_of_a_grid_with_their_values(start: Callable[..., Driver]) -> None:
+    """So that the importance of a hyperparameter is computed as after any other search."""
+    driver = start(algorithm={"kind": "grid"}, space=GRID_SPACE)
+    end_all(driver, driver.suggest_all(), value=0.5)
+    trials = open_optuna(driver.study, driver.folder).get_trials()
+    assert [(trial.params, trial.value) for trial in trials] == [
+        ({"sinkhorn.cost": "l2"}, 0.5),
+        ({"sinkhorn.cost": "l1+l2", "sinkhorn.l1_weight": 1}, 0.5),
+        ({"sinkhorn.cost": "l1+l2", "sinkhorn.l1_weight": 3}, 0.5),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["random", "optuna"])
+def test_a_dimension_is_proposed_only_where_its_condition_holds(start: Callable[..., Driver], kind: str) -> None:
+    space = {path: {key: value for key, value in one.items() if key != "points"} for path, one in GRID_SPACE.items()}
+    driver = start(algorithm={"kind": kind, "trials": 12}, space=space)
+    while name := driver.suggest():
+        end_all(driver, [name], value=0.5)
+    proposed = [record.params for record in driver.folder.trials()]
+    assert {len(params) for params in proposed} == {1, 2}
+    assert all(("sinkhorn.l1_weight" in params) == (params["sinkhorn.cost"] == "l1+l2") for params in proposed)
+
+
+# Several objectives.
+
+
+@pytest.mark.parametrize("kind", ["random", "optuna"])
+def test_optuna_is_told_every_objective(start: Callable[..., Driver], kind: str) -> None:
+    driver = start(objectives=["fid", OBJECTIVE], algorithm={"kind": kind, "trials": 8})
+    while name := driver.suggest():
+        driver.run(name, 0.5, fid=3.0)
+        driver.end(name)
+    told = open_optuna(driver.study, driver.folder)
+    assert [direction.name for direction in told.directions] == ["MINIMIZE", "MAXIMIZE"]
+    assert [trial.values for trial in told.get_trials()] == [[3.0, 0.5]] * 8
+
+
+# Stopping early.
+
+
+HALVING = {"scheduler": {"kind": "asha", "grace": 0.25, "reduction": 2}}
+REPORTS = {"samples": 40, "classifiers": ["logreg"], "points": 4}
+
+
+@pytest.fixture
+def halving(start: Callable[..., Driver], tmp_path: Path) -> Driver:
+    """A study of four trials, of which half go on at a quarter and at half of their budget."""
+    trial = make_study(tmp_path).trial | {"evaluation": REPORTS}
+    return start(trials=4, trial=trial, baselines={"base": {}}, **HALVING)
+
+
+def report(driver: Driver, name: str, value: float, part: float = 0.25) -> bool:
+    """A worker's report; whether the trial is stopped after it."""
+    driver.run(name, value, charged=int(part * STEPS), status="running")
+    return driver.searcher.should_stop(name)
+
+
+def test_the_worse_half_is_stopped_at_each_rung(halving: Driver) -> None:
+    _, first, second, third, fourth = halving.suggest_all()
+    assert [report(halving, name, value) for name, value in ((first, 0.5), (second, 0.4), (third, 0.7))] == [
+        False, True, False,
+    ]  # fmt: skip
+    assert not report(halving, third, 0.8, 0.5)
+    assert report(halving, first, 0.6, 0.5)
+    assert not report(halving, fourth, 0.9)
+
+
+def test_no_trial_is_stopped_between_rungs_or_before_the_first(halving: Driver) -> None:
+    _, first, second, *_ = halving.suggest_all()
+    assert not report(halving, first, 0.9)
+    assert not report(halving, second, 0.1, 0.2)
+    assert not report(halving, first, 0.0, 0.4)
+
+
+def test_a_baseline_is_never_stopped(halving: Driver) -> None:
+    base, first, *_ = halving.suggest_all()
+    assert not report(halving, first, 0.9)
+    assert not report(halving, base, 0.0)
+
+
+def test_a_trial_that_has_ended_is_not_stopped_too(halving: Driver) -> None:
+    _, first, second, *_ = halving.suggest_all()
+    report(halving, first, 0.9, 0.5)
+    halving.run(second, 0.0)
+    assert not halving.searcher.should_stop(second)
+
+
+def test_rungs_survive_the_driver(halving: Driver) -> None:
+    _, first, second, *_ = halving.suggest_all()
+    assert not report(halving, first, 0.9)
+    halving.restart()
+    halving.suggest_all()
+    assert not report(halving, first, 0.9)
+    assert report(halving, second, 0.5)
+
+
+def test_a_stopped_trial_costs_what_it_ran_and_is_no_result_to_optuna(halving: Driver) -> None:
+    _, first, second, *_ = halving.suggest_all()
+    before = halving.ledger.spent()
+    report(halving, first, 0.9)
+    assert report(halving, second, 0.5)
+    halving.end(second)
+    assert halving.state_of(second) == "stopped_early"
+    assert halving.ledger.spent() < before
+    told = open_optuna(halving.study, halving.folder).get_trials()[1]
+    assert (told.state, told.intermediate_values) == (Told.PRUNED, {25: 0.5})
+
+
+def test_what_is_reserved_is_used_up_at_every_report(driver: Driver, digits: ImageData) -> None:
+    """A trial that is stopped after a report is charged the steps that it ran, and no more."""
+    driver.suggest()
+    config = driver.folder.read_trial("trial-0001").config
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"points": 4})})
+    run = driver.folder.run("trial-0001")
+    seen = [(told.step, charged_steps(run / "ledger")) for told in train(config, digits, run)]
+    assert seen == [(5, 5), (10, 10), (15, 15), (20, 20)]
+
+
+# Running failures again.
+
+
+def test_a_failure_that_succeeds_at_last_is_a_result_to_optuna(driver: Driver) -> None:
+    first, *_ = driver.suggest_all()
+    driver.end(first, error=True)
+    driver.folder.forget_end(first)
+    driver.restart()
+    assert first in driver.suggest_all()
+    end_all(driver, [first], value=0.7)
+    driver.end(first)  # told twice
+    optuna_trials = open_optuna(driver.study, driver.folder).get_trials()
+    assert [trial.state for trial in optuna_trials] == [Told.FAIL, Told.RUNNING, Told.RUNNING, Told.COMPLETE]
+    assert (optuna_trials[3].value, optuna_trials[3].params) == (0.7, optuna_trials[0].params)
+    assert not driver.searcher.should_stop(first)

@@ -393,3 +393,192 @@ def test_a_plan_counts_private_scores_at_their_worst(tmp_path: Path) -> None:
 @pytest.mark.parametrize("objective", ["fid", "variety"])
 def test_what_private_validation_images_do_not_tell_is_no_objective(tmp_path: Path, objective: str) -> None:
     assert "needs data.validation=public" in refusal(tmp_path, trial=noisy(), objectives=[objective])
+
+
+# What a study file may say.
+
+
+EVERYTHING: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "int and choice": {
+        "space": {"sinkhorn.gen_batch_size": {"int": [8, 16]}, "sinkhorn.cost": {"choice": ["l2", "l1"]}}
+    },
+    "grid": {"algorithm": {"kind": "grid"}, "space": {"optimizer.lr": {"log_uniform": [1e-3, 1e-2], "points": 3}}},
+    "conditions": {
+        "space": {
+            "sinkhorn.cost": {"choice": ["l2", "l1+l2"]},
+            "sinkhorn.l1_weight": {"uniform": [1, 3], "when": {"sinkhorn.cost": "l1+l2"}},
+        }
+    },
+    "several objectives and seeds": {
+        "objectives": ["fid", "accuracy_logreg"],
+        "algorithm": {"kind": "optuna", "trials": 4, "seeds_per_configuration": 3},
+    },
+    "scheduler": {
+        "scheduler": {"kind": "asha", "grace": 0.2, "reduction": 2},
+        "trial": {**SMALL["trial"], "evaluation": {**SMALL["trial"]["evaluation"], "points": 5}},
+    },
+    "price and account": {"resources": {"price_per_hour": 2.5}, "ledger": {"study_epsilon": 30}},
+    "without privacy": {
+        "trial": {**SMALL["trial"], "privacy": {"target_epsilon": float("inf"), "steps": 5, "batch_size": 100}}
+    },
+    "sealed": {"ledger": {"policy": "release_best", "selection": {"expected_trials": 10}}},
+}
+
+
+@pytest.mark.parametrize("changes", EVERYTHING.values(), ids=EVERYTHING)
+def test_a_study_that_was_written_down_loads_as_it_was(tmp_path: Path, changes: dict[str, Any]) -> None:
+    study = load(tmp_path, **changes)
+    (tmp_path / "again.yaml").write_text(study.to_yaml(), encoding="utf-8")
+    again = load_study(tmp_path / "again.yaml")
+    assert again == study
+    assert again.to_yaml() == study.to_yaml()
+
+
+def test_a_preset_is_the_base_of_the_trial(tmp_path: Path) -> None:
+    (tmp_path / "presets").mkdir()
+    preset = {"optimizer": {"lr": 0.004, "schedule": "cosine"}, "privacy": {"noise_multiplier": 9, "delta": 5e-5}}
+    (tmp_path / "presets/base.yaml").write_text(yaml.safe_dump(preset), encoding="utf-8")
+    study = load(tmp_path, preset="presets/base.yaml", trial={**SMALL["trial"], "optimizer": {"lr": 0.002}})
+    config = study.configure({})
+    assert (config.optimizer.lr, config.optimizer.schedule, config.privacy.noise_multiplier) == (0.002, "cosine", 3)
+    assert study.preset is None  # its settings are in the trial: the study folder needs no other file
+
+
+def test_a_preset_that_is_not_there_is_refused_by_its_path(tmp_path: Path) -> None:
+    assert f"{tmp_path}/nowhere.yaml: no such file" in refusal(tmp_path, preset="nowhere.yaml")
+
+
+COSTS = {"sinkhorn.cost": {"choice": ["l2", "l1+l2"]}}
+RATES = {"optimizer.lr": {"log_uniform": [1e-3, 1e-2]}}
+WEIGHT = {"uniform": [1, 3], "when": {"sinkhorn.cost": "l1+l2"}}
+REPORTING = {**SMALL["trial"], "evaluation": {**SMALL["trial"]["evaluation"], "points": 4}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"objectives": []}, "must name at least one metric"),
+        ({"objectives": "accuracy"}, "must be a list, such as [accuracy]"),
+        ({"objectives": ["fid", "fid"]}, "must name each metric once"),
+        ({"objective": "fid"}, "unknown key 'objective'; did you mean 'objectives'?"),
+        ({"objectives": ["accuracy_logreg", "accuracy_cnn"]}, "objective 'accuracy_cnn' needs"),
+        ({"algorithm": {"kind": "grid"}}, "space.optimizer.lr needs points"),
+        ({"algorithm": {"kind": "grid", "trials": 3}, "space": COSTS}, "algorithm.trials follows from the space"),
+        ({"algorithm": {"kind": "grid"}, "space": {"sinkhorn.gen_batch_size": {"int": [2, 10**6]}}}, "100,000 points"),
+        ({"space": {"optimizer.lr": {"uniform": [0.1, 0.2], "points": 3}}}, "points is for algorithm.kind=grid"),
+        ({"space": {"sinkhorn.cost": {"choice": ["l2"], "points": 3}}}, "points=3 is for numbers"),
+        ({"space": {"sinkhorn.cost": {"choice": [["l2"]]}}}, "plain values"),
+        ({"space": {"sinkhorn.l1_weight": WEIGHT}}, "sinkhorn.l1_weight.when: 'sinkhorn.cost' is not searched"),
+        ({"space": {"seed": {"int": [1, 3]}}}, "set algorithm.seeds_per_configuration instead"),
+        ({"algorithm": {"seeds_per_configuration": 0}}, "algorithm.seeds_per_configuration=0"),
+        ({"scheduler": {"kind": "asha"}}, "evaluation.points=1 gives scheduler.grace=0.1 no report"),
+        ({"scheduler": {"kind": "asha", "grace": 0.8}, "trial": REPORTING}, "set at least 5"),
+        ({"scheduler": {"kind": "asha", "grace": 1}}, "scheduler.grace=1"),
+        ({"scheduler": {"kind": "asha", "reduction": 1}}, "scheduler.reduction=1"),
+        ({"scheduler": {"kind": "asha"}, "algorithm": {"seeds_per_configuration": 2}}, "the mean needs every seed"),
+        ({"scheduler": {"kind": "asha"}, "objectives": ["fid", "accuracy_logreg"]}, "none with several objectives"),
+        ({**SEALED, "scheduler": {"kind": "asha"}}, "scheduler.kind must be none under release_best"),
+        ({**SEALED, "objectives": ["fid", "accuracy_logreg"]}, "objectives must be one under release_best"),
+        ({**SEALED, "algorithm": {"seeds_per_configuration": 2}}, "seeds_per_configuration must be 1"),
+        ({"baselines": {"control": {}}}, "baseline 'control' must be of generator.kind=class_mean"),
+        ({"resources": {"price_per_hour": -1}}, "resources.price_per_hour=-1"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path: Path, changes: dict[str, Any], rule: str) -> None:
+    assert rule in refusal(tmp_path, **changes)
+
+
+def test_what_a_scheduler_can_act_on_is_taken(tmp_path: Path) -> None:
+    assert load(tmp_path, scheduler={"kind": "asha", "grace": 0.75}, trial=REPORTING).scheduler.reduction == 3
+
+
+KINDS = {"generator.kind": {"choice": ["conv_cond", "cond_biggan"]}}
+
+
+def test_a_path_exists_where_every_kind_with_which_it_is_searched_has_it(tmp_path: Path) -> None:
+    study = load(tmp_path, space={**KINDS, "generator.hidden_dim": {"int": [4, 8]}})
+    assert study.configure({"generator.kind": "cond_biggan", "generator.hidden_dim": 5}).generator.hidden_dim == 5  # type: ignore[union-attr]
+
+
+def test_a_path_that_one_of_the_kinds_lacks_is_refused(tmp_path: Path) -> None:
+    space = {"generator.kind": {"choice": ["conv_cond", "class_mean"]}, "generator.hidden_dim": {"int": [4, 8]}}
+    assert "space path 'generator.hidden_dim' does not exist" in refusal(tmp_path, space=space)
+
+
+def test_every_edge_is_tried_under_each_of_its_conditions(tmp_path: Path) -> None:
+    space = {**COSTS, "sinkhorn.l1_weight": {"uniform": [1, 101], "when": {"sinkhorn.cost": "l1+l2"}}}
+    assert "sinkhorn.l1_weight=101" in refusal(tmp_path, space=space)
+
+
+def test_what_is_not_searched_keeps_the_value_of_the_trial(tmp_path: Path) -> None:
+    space = {**COSTS, "sinkhorn.l1_weight": WEIGHT}
+    study = load(tmp_path, space=space, trial={**SMALL["trial"], "sinkhorn": {"l1_weight": 7}})
+    assert study.configure({"sinkhorn.cost": "l2"}).sinkhorn.l1_weight == 7
+
+
+# The control.
+
+
+def test_every_study_has_the_class_mean_control(tmp_path: Path) -> None:
+    study = load(tmp_path)
+    assert list(study.baselines) == ["control"]
+    assert study.baseline("control").generator.kind == "class_mean"
+
+
+def test_a_control_of_ones_own_is_enough(tmp_path: Path) -> None:
+    own = {"generator": {"kind": "class_mean"}, "privacy": CONTROL_PRIVACY}
+    assert list(load(tmp_path, baselines={"means": own}).baselines) == ["means"]
+
+
+def test_the_control_comes_before_other_baselines(tmp_path: Path) -> None:
+    assert list(load(tmp_path, baselines={"base": {}}).baselines) == ["control", "base"]
+
+
+@pytest.mark.parametrize(("changes"), [SEALED, EVERYTHING["without privacy"]])
+def test_a_study_that_can_have_no_control_has_none(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert load(tmp_path, **changes).baselines == {}
+
+
+@pytest.mark.parametrize(
+    ("data", "clip_norm"),
+    [({"name": "digits"}, 4), ({"name": "mnist"}, 14), ({"name": "celeba"}, 27.71), ({"name": "mnist", "size": 14}, 7)],
+)
+def test_the_control_clips_at_the_size_of_an_image(tmp_path: Path, data: dict[str, Any], clip_norm: float) -> None:
+    study = load(tmp_path, trial={**SMALL["trial"], "data": {"validation_size": 180, **data}})
+    assert study.baseline("control").privacy.clip_norm == pytest.approx(clip_norm)
+
+
+# What it costs.
+
+
+NOISE = {"privacy.noise_multiplier": {"uniform": [2, 4], "points": 3}}
+
+
+def test_a_grid_is_planned_point_by_point_and_its_costs_are_fixed(tmp_path: Path) -> None:
+    terms = check_study(load(tmp_path, algorithm={"kind": "grid"}, space=NOISE), None).terms
+    assert [cost.noise_multiplier for cost in terms.planned[1:]] == [2, 3, 4]
+    assert not terms.adaptive
+
+
+def test_a_grid_with_a_point_that_affords_no_step_is_refused(tmp_path: Path) -> None:
+    privacy = {**SMALL["trial"]["privacy"], "target_epsilon": 0.01}
+    space = {"privacy.noise_multiplier": {"uniform": [1, 2], "points": 2}}
+    study = load(tmp_path, algorithm={"kind": "grid"}, space=space, trial={**SMALL["trial"], "privacy": privacy})
+    with pytest.raises(InputError, match="noise_multiplier=1 allows no step"):
+        check_study(study, None)
+
+
+def test_every_seed_is_planned(tmp_path: Path) -> None:
+    algorithm = {"trials": 2, "seeds_per_configuration": 3}
+    study = load(tmp_path, algorithm=algorithm, baselines={"base": {}})
+    planned = check_study(study, None).terms.planned
+    assert len(planned) == study.trials == 12
+    assert [cost.sample_rate == 1 for cost in planned] == [True] * 3 + [False] * 9
+
+
+def test_a_cost_under_a_condition_is_planned(tmp_path: Path) -> None:
+    space = {**COSTS, "privacy.noise_multiplier": {"uniform": [2, 4], "when": {"sinkhorn.cost": "l2"}}}
+    plan = check_study(load(tmp_path, space=space, algorithm={"trials": 1}), None)
+    assert sorted(one.noise_multiplier for one in plan.searched) == [2, 3, 4]
+    assert plan.terms.planned[-1].noise_multiplier == 2

@@ -33,7 +33,7 @@ from tune.choice import CHOSEN_BY, select_best
 from tune.cluster import Crashed, Interrupted
 from tune.folder import StudyFolder
 from tune.lock import only_one
-from tune.memory import open_optuna
+from tune.memory import SearchMemory, open_optuna
 from tune.study import Study, load_study
 from tune.summary import print_summary, summarise
 from tune.sweep import Outcome, run_study
@@ -262,6 +262,23 @@ def test_a_study_whose_ledger_vanished_is_refused(
         outcome.folder.ledger.rmdir()
         (tmp_path / "away").rename(outcome.folder.ledger)
     assert "what was spent is no longer known" in message
+
+
+@SLOW
+def test_a_trial_that_the_scheduler_stops_ends_at_its_report_and_is_charged_no_more(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tune.choice.judge", no_judge)
+    monkeypatch.setattr(SearchMemory, "should_stop", lambda _self, number, _reports: number == 0)
+    path = write_study(root, "halved", scheduler={"kind": "asha", "grace": 0.5})
+    outcome = run_study(load_study(path))
+    folder = outcome.folder
+    assert states(folder) == {"baseline-control": "completed", "trial-0001": "stopped_early", "trial-0002": "completed"}
+    assert (step_of(folder, "trial-0001"), charged_steps(folder.run("trial-0001") / "ledger")) == (10, 10)
+    assert [trial.state.name for trial in open_optuna(load_study(path), folder).trials] == ["PRUNED", "COMPLETE"]
+    assert statuses(folder)["trial-0001"] == "FINISHED"
+    assert outcome.best
+    assert outcome.best.name == "trial-0002"
 
 
 # A storm.
@@ -574,6 +591,29 @@ def test_a_crash_of_ray_is_taken_up_again(root: Path, inline: Callable[..., Inli
     outcome = run_study(load_study(write_study(root, "crashed", steps=4, points=1, trials=2)))
     assert (outcome.finished, ray_place.starts) == (True, 2)
     assert set(states(outcome.folder).values()) == {"completed"}
+
+
+def test_a_study_of_several_objectives_and_seeds_ends_with_its_front(
+    root: Path,
+    inline: Callable[..., Inline],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    inline()
+    algorithm = {"kind": "optuna", "trials": 2, "seeds_per_configuration": 2}
+    objectives = ["accuracy_logreg", "fid"]
+    path = write_study(root, "front", steps=4, points=1, algorithm=algorithm, objectives=objectives)
+    outcome = run_study(load_study(path))
+    document = summarise(outcome, load_study(path))
+    assert len(document["trials"]) == 6
+    assert [run["label"] for run in document["runs"]][0] == "control (2 seeds)"
+    assert outcome.record.objectives == tuple(objectives)
+    best = document["runs"][-1]
+    told = [outcome.folder.reports(name)[-1].metrics["accuracy_logreg"] for name in best["trials"]]
+    assert best["validation"]["accuracy_logreg"] == pytest.approx(sum(told) / 2)
+    assert document["front"][0]["metrics"]["accuracy_logreg"] == best["validation"]["accuracy_logreg"]
+    print_summary(document)
+    assert "Pareto front" in capsys.readouterr().out
 
 
 def test_when_ray_keeps_crashing_the_sweep_fails_and_says_how_to_go_on(

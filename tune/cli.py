@@ -1,4 +1,4 @@
-"""`dpsink-tune sweep · status · track`: hyperparameter studies from a shell."""
+"""`dpsink-tune sweep · status · track · schema`: hyperparameter studies from a shell."""
 
 import time
 from pathlib import Path
@@ -29,6 +29,7 @@ def sweep(
     study_file: Annotated[Path, typer.Argument(help="YAML of the study")],
     data_root: DataRoot = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="run failed trials again")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="tell what it would run, cost and take; no more")] = False,
     as_json: Json = False,
 ) -> None:
     """Run a study. To resume it, run the same command again."""
@@ -36,6 +37,9 @@ def sweep(
 
     console.set_up_logging()
     study = load_study(study_file)
+    if dry_run:
+        _show_forecast(study, data_root, as_json)
+        return
     from tune.room import DiskFull
     from tune.sweep import run_study
 
@@ -66,6 +70,24 @@ def _progress(study: "Study", document: dict[str, Any]) -> str:
         return ""
     ended = sum(state in ENDED for state in document["trials"].values())
     return f": {ended} of {study.trials} trials have ended"
+
+
+def _show_forecast(study: "Study", data_root: Path | None, as_json: bool) -> None:
+    from tune.forecast import forecast, print_forecast
+
+    document = forecast(study, data_root)
+    if as_json:
+        console.print_json(document)
+    else:
+        print_forecast(document)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of study files, for an editor."""
+    from tune.grammar import study_schema
+
+    console.print_json(study_schema())
 
 
 @app.command()

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import SuccessiveHalvingPruner
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -145,9 +147,10 @@ def make_sampler(study: Study, offset: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.RandomSampler(seed=seed)
     startup = max(4, min(10, study.algorithm.trials // 3))
     conditional = any(dimension.when for dimension in study.space.values())
-    return optuna.samplers.TPESampler(
-        seed=seed, multivariate=True, group=conditional, constant_liar=True, n_startup_trials=startup,
-    )  # fmt: skip
+    with warnings.catch_warnings(category=ExperimentalWarning, action="ignore"):
+        return optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, group=conditional, constant_liar=True, n_startup_trials=startup
+        )
 
 
 def draw(trial: optuna.Trial, path: str, space: Distribution) -> Any:

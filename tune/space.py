@@ -146,8 +146,10 @@ def activations(space: Space, path: str, *, also: Iterable[str] = ()) -> list[di
         also: further choices to tell the values of, where they are searched.
     """
     wanted = {name for start in (path, *also) if start in space for name in (start, *conditions(space, start))}
-    rest = {name: space[name] for name in space if name in wanted and name != path}
-    return [values for values in grid(rest) if holds(space, path, values)]
+    choices = {name: space[name] for name in space if name in wanted and space[name].choice is not None}
+    found = [values for values in grid(choices) if holds(space, path, values)]
+    others = [{name: value for name, value in values.items() if name != path} for values in found]
+    return [values for index, values in enumerate(others) if values not in others[:index]]
 
 
 def conditions(space: Space, path: str) -> set[str]:

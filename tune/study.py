@@ -379,8 +379,8 @@ def setting_paths(kind: str, source: str) -> set[str]:
 def _check_rungs(study: Study, trial: TrialConfig) -> None:
     """A scheduler that no report but the last ever meets would stop nothing."""
     points, scheduler = trial.evaluation.points, study.scheduler
-    if scheduler.kind != "none" and (points - 1) / points < scheduler.grace:
-        needed = math.ceil(1 / (1 - scheduler.grace))
+    if scheduler.kind != "none" and (points - 1) / points < scheduler.grace - 1e-9:
+        needed = math.ceil(1 / (1 - scheduler.grace) - 1e-9)
         raise InputError(
             f"study {study.name}: evaluation.points={points} gives scheduler.grace={scheduler.grace:g} no report "
             f"before the end of a trial; set at least {max(2, needed)}"

@@ -49,7 +49,7 @@ def run_study(study: Study, *, data_root: Path | None = None, retry_failed: bool
         raise InputError("--retry-failed goes against release_best: there a failed trial counts as the worst; drop it")
     plan = check_study(study, data_root)
     if not folder.exists:
-        plan.terms.check()
+        plan.terms.worst_case()  # refuses what cannot be promised
     check_storage(folder.path)
     require_room(folder.path)
     check_tracking(folder.read_study().tracking_uri if folder.exists else tracking_uri(study))

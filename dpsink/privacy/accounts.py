@@ -71,11 +71,15 @@ class AccountTerms:
         """Names of the accounts, that of training first."""
         return (TRAINING, SCORES) if self.planned_scores else (TRAINING,)
 
-    def check(self) -> None:
-        """Raises the InputError of `plan_study`, before anything is written."""
-        for account in self.accounts:
-            terms = self.of(account)
-            planned_epsilon(terms.pop("planned"), terms.pop("delta"), **terms)
+    def worst_case(self) -> float | None:
+        """The ε that the study would promise: the larger account's; None if nothing is claimed. Nothing is written.
+
+        Raises:
+            InputError: as `plan_study`.
+        """
+        each = [self.of(account) for account in self.accounts]
+        planned = [planned_epsilon(terms.pop("planned"), terms.pop("delta"), **terms) for terms in each]
+        return None if None in planned else max(epsilon for epsilon in planned if epsilon is not None)
 
 
 class StudyAccounts:

@@ -28,7 +28,7 @@ def pareto_figure(found: pd.DataFrame, control: Row | None = None) -> "Figure":
     """
     figure, axes = _sheet((7.4, 5.2))
     x, y, *colour = found.attrs["metrics"]
-    front, others = found[found["on_front"]], found[~found["on_front"]]
+    front, others = (pd.DataFrame(found[found["on_front"] == side]) for side in (True, False))
     axes.scatter(others[x], others[y], s=14, color=LIGHT, label="beaten in everything by another", zorder=2)
     shade: dict[str, Any] = {"c": front[colour[0]], "cmap": "viridis"} if colour else {"color": DARK}
     points = axes.scatter(
@@ -38,9 +38,10 @@ def pareto_figure(found: pd.DataFrame, control: Row | None = None) -> "Figure":
         figure.colorbar(points, ax=axes, label=called(colour[0]))
     if control is not None and np.isfinite([control[x], control[y]]).all():
         axes.scatter([control[x]], [control[y]], marker="X", s=70, color=ACCENT, label="class-mean control", zorder=4)
-    _name_extremes(axes, front, x, y)
+    _name_ends(axes, front, x, y)
     for metric, scale in ((x, axes.set_xscale), (y, axes.set_yscale)):
-        if found[metric].min() > 0 and found[metric].max() > LOG_FROM * found[metric].min():
+        low, high = np.quantile(found[metric], (0, 1))
+        if low > 0 and high > LOG_FROM * low:
             scale("log")
     axes.set(xlabel=called(x), ylabel=called(y))
     axes.set_title(_wrapped(pareto_in_words(found)), fontsize=9, loc="left")
@@ -110,16 +111,13 @@ def _legend(figure: "Figure") -> None:
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
 
 
-def _name_extremes(axes: "Axes", front: pd.DataFrame, x: str, y: str) -> None:
-    """Names the front's two ends, each away from the picture's edge."""
-    ends = {front[x].idxmin(): x, front[x].idxmax(): x}
-    low, high = front[y].min(), front[y].max()
-    for index, end in enumerate(ends):
-        point = front.loc[end]
-        above = point[y] < (low + high) / 2
+def _name_ends(axes: "Axes", front: pd.DataFrame, x: str, y: str) -> None:
+    """Names the front's two ends, towards the middle of the picture."""
+    rows = sorted(rows_of(front), key=lambda row: row[x])
+    for side, row in (("left", rows[0]), ("right", rows[-1]))[: len(rows)]:
         axes.annotate(
-            str(point["trial"]), (point[x], point[y]), xytext=(0, 9 if above else -14), textcoords="offset points",
-            ha="left" if index == 0 else "right", fontsize=8, color=DARK, zorder=5,
+            row["trial"], (row[x], row[y]), xytext=(0, 8), textcoords="offset points", ha=side, fontsize=8, color=DARK,
+            zorder=5,
         )  # fmt: skip
 
 

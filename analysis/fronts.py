@@ -97,7 +97,7 @@ def pareto_in_words(found: pd.DataFrame) -> str:
     told = found.attrs
     reference = ", ".join(f"{called(metric)} {value:.4g}" for metric, value in told["reference"].items())
     return (
-        f"{int(found['on_front'].sum())} of {len(found)} configurations are on the front; hypervolume "
+        f"{found['on_front'].tolist().count(True)} of {len(found)} configurations are on the front; hypervolume "
         f"{told['hypervolume']:.4g} up to {reference}: {told['share']:.0%} of the box to the best of each"
     )
 

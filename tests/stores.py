@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,9 +29,12 @@ def write_study(database: Path, name: str, count: int, *, study_id: str | None =
     with closing(sqlite3.connect(database)) as connection, connection:
         connection.execute("pragma synchronous = off")
         runs = [_study_run(name, study_id), *_trial_runs(name, study_id, count)]
-        _insert(connection, "runs", 13, (_run_row(run_id, *rest) for run_id, *rest in _heads(runs)))
-        for table, index, width in (("tags", 1, 3), ("params", 2, 3), ("latest_metrics", 3, 6)):
-            _insert(connection, table, width, (row for run in runs for row in _values(table, run[0], run[index])))
+        _insert(connection, "runs", 13, (_head(run, index) for index, run in enumerate(runs)))
+        _insert(connection, "tags", 3, ((key, value, run.id) for run in runs for key, value in run.tags.items()))
+        params = ((key, str(value), run.id) for run in runs for key, value in run.params.items())
+        _insert(connection, "params", 3, params)
+        metrics = (_point(run, key, value) for run in runs for key, value in run.metrics.items())
+        _insert(connection, "latest_metrics", 6, metrics)
 
 
 def quality(params: dict[str, float], noise: float) -> dict[str, float]:
@@ -45,7 +48,13 @@ def quality(params: dict[str, float], noise: float) -> dict[str, float]:
     }  # fmt: skip
 
 
-Run = tuple[str, dict[str, str], dict[str, Any], dict[str, float]]  # id, tags, params, metrics
+class Run(NamedTuple):
+    """A run as MLflow would have been told."""
+
+    id: str
+    tags: dict[str, str]
+    params: dict[str, Any]
+    metrics: dict[str, float]
 
 
 def _study_run(name: str, study_id: str) -> Run:
@@ -57,7 +66,7 @@ def _study_run(name: str, study_id: str) -> Run:
         schema.KIND_TAG: schema.KIND_STUDY, schema.STUDY_ID_TAG: study_id, schema.STUDY_NAME_TAG: name,
         schema.FINGERPRINT_TAG: FINGERPRINT, schema.EXTRACTOR_TAG: EXTRACTOR, schema.STATUS_TAG: "completed",
     }  # fmt: skip
-    return f"{name}-study", tags, {f"{schema.STUDY_PARAM}{key}": value for key, value in facts.items()}, {}
+    return Run(f"{name}-study", tags, {f"{schema.STUDY_PARAM}{key}": value for key, value in facts.items()}, {})
 
 
 def _trial_runs(name: str, study_id: str, count: int) -> Iterator[Run]:
@@ -80,24 +89,16 @@ def _trial_runs(name: str, study_id: str, count: int) -> Iterator[Run]:
         kind = {"generator.kind": "class_mean"} if control else {}
         spent = {schema.EPSILON: rng.uniform(5, TARGET), schema.BUDGET_FRACTION: 1.0, schema.SPEED: 30.0}
         settings = base | params | kind | {"seed": index % SEEDS}
-        yield f"{name}-{index:05d}", tags, settings, quality(params, rng.normal()) | spent
+        yield Run(f"{name}-{index:05d}", tags, settings, quality(params, rng.normal()) | spent)
 
 
-def _heads(runs: list[Run]) -> Iterator[tuple[str, str, int]]:
-    for index, (run_id, tags, *_) in enumerate(runs):
-        yield run_id, tags.get(schema.TRIAL_ID_TAG, run_id), index
+def _head(run: Run, index: int) -> tuple[Any, ...]:
+    name = run.tags.get(schema.TRIAL_ID_TAG, run.id)
+    return (run.id, name, "UNKNOWN", "", "", "nobody", "FINISHED", index, index + 1, "", "active", "/nowhere", 0)
 
 
-def _run_row(run_id: str, name: str, index: int) -> tuple[Any, ...]:
-    return (run_id, name, "UNKNOWN", "", "", "nobody", "FINISHED", index, index + 1, "", "active", "/nowhere", 0)
-
-
-def _values(table: str, run_id: str, values: dict[str, Any]) -> Iterator[tuple[Any, ...]]:
-    for key, value in values.items():
-        if table != "latest_metrics":
-            yield key, str(value), run_id
-        else:
-            yield key, 0.0 if math.isnan(value) else value, 0, 100, int(math.isnan(value)), run_id
+def _point(run: Run, key: str, value: float) -> tuple[Any, ...]:
+    return key, 0.0 if math.isnan(value) else value, 0, 100, int(math.isnan(value)), run.id
 
 
 def _insert(connection: sqlite3.Connection, table: str, width: int, rows: Iterable[tuple[Any, ...]]) -> None:

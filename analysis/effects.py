@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # its import takes a second
     import optuna
 
 RESAMPLES = 30
-LARGEST_SAMPLE = 200  # configurations in one resample: fANOVA's time grows faster than they do
+LARGEST_SAMPLE = 120  # configurations in one resample: fANOVA's time grows faster than they do
 TREES = 16
 FEWEST = 5  # configurations
 ENOUGH = 10  # configurations per searched parameter

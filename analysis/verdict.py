@@ -65,9 +65,9 @@ def evaluate_top(
     Returns:
         One row per generator, in the order of the selection: `rank`, `study`, `config_id`, `trial`, `epsilon`;
         `selected`, the value on validation that it was selected by; `judged`, `judged_low`, `judged_high`, the same on
-        test, mean and 95 % confidence interval (Student's, from the pooled scatter over seeds); `judged_rank`; `probability_best`, of being the best of them; means
-        `test_<metric>`. `attrs`: `value`, what is judged; `words`, what it means; `skipped`, a line for each whose
-        files are gone; `written`, the result's file.
+        test, mean and 95 % confidence interval (Student's, from the pooled scatter over seeds); `judged_rank`;
+        `probability_best`, of being the best of them; means `test_<metric>`. `attrs`: `value`, what is judged; `words`,
+        what it means; `skipped`, a line for each whose files are gone; `written`, the result's file.
 
     Raises:
         InputError: a result is there already, no generator is left, the data are not at hand.

@@ -246,7 +246,7 @@ def _ranking_in_words(table: pd.DataFrame, maximised: bool) -> list[str]:
     chance = f"the probability that it is the best of them is {first['probability_best']:.0%}"
     apart = top["judged_low"] > first["judged_high"] if maximised else top["judged_high"] < first["judged_low"]
     if first["probability_best"] >= CONFIDENCE:
-        verdict = "The selection holds"
+        verdict = "The selection holds on these images"
     elif apart:
         verdict = f"The selection does not hold: {top['trial']} is better by more than both intervals"
     else:

@@ -28,22 +28,22 @@ def pareto_figure(found: pd.DataFrame, control: Row | None = None) -> "Figure":
     """
     figure, axes = _sheet((7.4, 5.2))
     x, y, *colour = found.attrs["metrics"]
-    front, others = found[found["on_front"]], found[~found["on_front"]]
-    axes.scatter(others[x], others[y], s=14, color=LIGHT, label="beaten in everything by another", zorder=2)
+    front, others = (pd.DataFrame(found[found["on_front"] == side]) for side in (True, False))
+    axes.scatter(others[x], others[y], s=14, color=LIGHT, label="dominated", zorder=2)
     shade: dict[str, Any] = {"c": front[colour[0]], "cmap": "viridis"} if colour else {"color": DARK}
     points = axes.scatter(
-        front[x], front[y], s=44, edgecolors="black", linewidths=0.7, label="front", zorder=3, **shade
+        front[x], front[y], s=44, edgecolors="black", linewidths=0.7, label=_front_called(front, x), zorder=3, **shade
     )
     if colour:
-        figure.colorbar(points, ax=axes, label=called(colour[0]))
+        figure.colorbar(points, ax=axes).ax.set_title(called(colour[0]), fontsize=10)
     if control is not None and np.isfinite([control[x], control[y]]).all():
         axes.scatter([control[x]], [control[y]], marker="X", s=70, color=ACCENT, label="class-mean control", zorder=4)
-    _name_extremes(axes, front, x, y)
     for metric, scale in ((x, axes.set_xscale), (y, axes.set_yscale)):
-        if found[metric].min() > 0 and found[metric].max() > LOG_FROM * found[metric].min():
+        low, high = np.quantile(found[metric], (0, 1))
+        if low > 0 and high > LOG_FROM * low:
             scale("log")
     axes.set(xlabel=called(x), ylabel=called(y))
-    axes.set_title(_wrapped(pareto_in_words(found)), fontsize=9, loc="left")
+    _entitle(figure, pareto_in_words(found))
     _legend(figure)
     return figure
 
@@ -68,8 +68,7 @@ def importance_figure(found: pd.DataFrame) -> "Figure":
     axes.set_yticks(range(len(rows)), [f"{row['parameter']}\n{row['verdict']}" for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel=f"share of the variation of {called(found.attrs['metric'])}")
-    title = f"{found.attrs['configurations']} configurations. {found.attrs['note']}"
-    axes.set_title(_wrapped(title), fontsize=9, loc="left")
+    _entitle(figure, found.attrs["note"] or f"{found.attrs['configurations']} configurations")
     _legend(figure)
     return figure
 
@@ -90,7 +89,7 @@ def verdict_figure(found: pd.DataFrame) -> "Figure":
     axes.set_yticks(places, [f"{row['rank']}. {row['trial']}" for row in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(found.attrs["value"])
-    axes.set_title(_wrapped(" ".join(found.attrs["words"][2:3])), fontsize=9, loc="left")
+    _entitle(figure, " ".join(found.attrs["words"][2:3]))
     _legend(figure)
     return figure
 
@@ -110,18 +109,11 @@ def _legend(figure: "Figure") -> None:
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
 
 
-def _name_extremes(axes: "Axes", front: pd.DataFrame, x: str, y: str) -> None:
-    """Names the front's two ends, each away from the picture's edge."""
-    ends = {front[x].idxmin(): x, front[x].idxmax(): x}
-    low, high = front[y].min(), front[y].max()
-    for index, end in enumerate(ends):
-        point = front.loc[end]
-        above = point[y] < (low + high) / 2
-        axes.annotate(
-            str(point["trial"]), (point[x], point[y]), xytext=(0, 9 if above else -14), textcoords="offset points",
-            ha="left" if index == 0 else "right", fontsize=8, color=DARK, zorder=5,
-        )  # fmt: skip
+def _front_called(front: pd.DataFrame, x: str) -> str:
+    """The front and the trials at its ends; names beside crowded points would cover them."""
+    first, last = front.loc[front[x].idxmin()], front.loc[front[x].idxmax()]
+    return f"front, from {first['trial']} to {last['trial']}" if len(front) > 1 else f"front: {first['trial']}"
 
 
-def _wrapped(text: str) -> str:
-    return textwrap.fill(text.strip(), 100)
+def _entitle(figure: "Figure", text: str) -> None:
+    figure.suptitle(textwrap.fill(text.strip(), 100), fontsize=9, x=0.01, ha="left")

@@ -130,6 +130,7 @@ def pareto(
     """Show the configurations that none beats in everything, and the hypervolume of their front."""
     from analysis import fronts
     from analysis.charts import pareto_figure
+    from analysis.runs import rows_of
     from analysis.selection import control_in_words, control_of
     from analysis.tables import guarantee, plain_rows, print_configurations, print_rejected
 
@@ -137,8 +138,7 @@ def pareto(
     found = fronts.pareto(
         runs, tuple(metric or fronts.METRICS), reference=_numbers(reference), epsilon=epsilon, where=where or ()
     )
-    front = found[found["on_front"]]
-    some = front.to_dict("records")[0]
+    some = rows_of(found)[0]
     _check_targets(force, plot, csv)
     _write_table(found, csv, force)
     if plot:
@@ -147,7 +147,9 @@ def pareto(
         console.print_json({**_head(runs), **found.attrs, "table": plain_rows(found)})
         return
     print_rejected(runs)
-    print_configurations(front, found.attrs["metrics"], "\nPareto front", "on_front")
+    print_configurations(
+        found.head(found["on_front"].tolist().count(True)), found.attrs["metrics"], "\nPareto front", "on_front"
+    )
     words = (fronts.pareto_in_words(found), control_in_words(runs, some), guarantee(runs))
     for line in words:
         console.out.print(line, markup=False, soft_wrap=True)
@@ -243,12 +245,14 @@ def _load(studies: Sequence[str], tracking_uri: str | None) -> "Runs":
 
 def _head(runs: "Runs") -> dict[str, Any]:
     """What every JSON document begins with."""
+    import pandas as pd
+
     from analysis.tables import REJECTED, plain_rows
 
     return {
         "studies": [vars(study) for study in runs.studies],
         "accepted": len(runs.accepted),
-        "rejected": plain_rows(runs.rejected[REJECTED]),
+        "rejected": plain_rows(pd.DataFrame(runs.rejected[REJECTED])),
     }
 
 
@@ -331,7 +335,7 @@ def _rules(runs: "Runs", by: Sequence[str] | None, weights: str | None) -> list[
     if by or weights:
         return [parse_rule(by or (), weights)]
     searched = comparable(runs, schema.ROLE_SEARCH)
-    had = [parse_rule(metric) for metric in CHOICES if searched[metric].notna().any()]
+    had = [parse_rule(metric) for metric in CHOICES if bool(searched[metric].notna().any())]
     return had or [rule_of(runs)]
 
 

@@ -29,14 +29,14 @@ def meeting(table: pd.DataFrame, where: Sequence[str] = (), epsilon: float | Non
     """
     asked = [*where, *([f"{schema.EPSILON}<={epsilon!r}"] if epsilon is not None else [])]
     for condition in asked:
-        left = table[_holds(table, condition)]
+        left = pd.DataFrame(table[_holds(table, condition)])
         if left.empty:
             raise InputError(f"'{condition}' leaves none of {len(table)} configurations{_span(table, condition)}")
         table = left
     return table.reset_index(drop=True)
 
 
-def _holds(table: pd.DataFrame, condition: str) -> "pd.Series[bool]":
+def _holds(table: pd.DataFrame, condition: str) -> pd.Series:
     column, sign, text = _parsed(condition)
     if column not in table.columns:
         raise InputError(f"--where '{condition}': no column '{column}'{nearest(column, map(str, table.columns))}")

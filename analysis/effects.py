@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # its import takes a second
     import optuna
 
 RESAMPLES = 30
-LARGEST_SAMPLE = 200  # configurations in one resample: fANOVA's time grows faster than they do
+LARGEST_SAMPLE = 120  # configurations in one resample: fANOVA's time grows faster than they do
 TREES = 16
 FEWEST = 5  # configurations
 ENOUGH = 10  # configurations per searched parameter
@@ -120,11 +120,11 @@ def _dimensions(runs: Runs, found: pd.DataFrame) -> list[Dimension]:
     """Of the parameters that were searched, with two values at least, in all configurations."""
     told = {path: one for study in reversed(runs.studies) for path, one in study.space.items()}
     paths = dict.fromkeys(path for study in runs.studies for path in study.searched)
-    made = [_dimension(path, found[path], told.get(path)) for path in paths if path in found]
+    made = [_dimension(path, pd.Series(found[path]), told.get(path)) for path in paths if path in found]
     return [one for one in made if one is not None and np.ptp(one.positions) > 0]
 
 
-def _dimension(path: str, values: "pd.Series[Any]", told: dict[str, Any] | None) -> Dimension | None:
+def _dimension(path: str, values: pd.Series, told: dict[str, Any] | None) -> Dimension | None:
     is_choice = told["choice"] if told and "choice" in told else None
     if is_choice is not None or not pd.api.types.is_numeric_dtype(values):
         texts = values.map(str).where(values.notna(), "None")
@@ -172,10 +172,10 @@ def _resample(
 
 def _study(dimensions: Sequence[Dimension], losses: Positions, chosen: Any) -> "optuna.Study":
     import optuna
-    from optuna.distributions import CategoricalDistribution, FloatDistribution
+    from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    distributions = {
+    distributions: dict[str, BaseDistribution] = {
         one.path: FloatDistribution(0, 1) if one.choices is None else CategoricalDistribution(range(len(one.choices)))
         for one in dimensions
     }
@@ -228,7 +228,7 @@ def _advice(dimension: Dimension, verdict: str, *, enough: bool) -> str:
         )
     if dimension.choices is not None:
         counts = np.bincount(best.astype(int))
-        return f"fix at {dimension.value(counts.argmax())}" if counts.max() >= 0.8 * len(best) else "keep"
+        return f"fix at {dimension.value(int(counts.argmax()))}" if counts.max() >= 0.8 * len(best) else "keep"
     middle, span = float(np.median(best)), f"[{dimension.value(0)}, {dimension.value(1)}]"
     span = span if dimension.told else f"the {span} that was seen"
     if middle >= 0.8 or middle <= 0.2:

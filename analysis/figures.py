@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # its import takes a second
     from matplotlib.figure import Figure
 
 COLUMNS = 4  # panels in a row
-PANEL = (3.2, 4.4)  # inches
+PANEL = (3.2, 4.1)  # inches
 LINES = (  # what stands under a panel: metric and its name, two to a line
     (("fid", "FID"), ("accuracy", "accuracy")),
     (("accuracy_logreg", "logreg"), ("accuracy_cnn", "CNN")),

@@ -1,5 +1,6 @@
 """Configurations that none beats in everything, and how much of the space they take."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,9 +97,10 @@ def pareto_in_words(found: pd.DataFrame) -> str:
     """How large the front is, and what its hypervolume was measured against."""
     told = found.attrs
     reference = ", ".join(f"{called(metric)} {value:.4g}" for metric, value in told["reference"].items())
+    share = "" if math.isnan(told["share"]) else f": {told['share']:.0%} of the box to the best of each"
     return (
-        f"{int(found['on_front'].sum())} of {len(found)} configurations are on the front; hypervolume "
-        f"{told['hypervolume']:.4g} up to {reference}: {told['share']:.0%} of the box to the best of each"
+        f"{found['on_front'].tolist().count(True)} of {len(found)} configurations are on the front; hypervolume "
+        f"{told['hypervolume']:.4g} up to {reference}{share}"
     )
 
 

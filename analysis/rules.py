@@ -93,11 +93,11 @@ def ordered(table: pd.DataFrame, rule: Rule) -> pd.DataFrame:
     """
     having = table.dropna(subset=list(rule.metrics))
     if having.empty:
-        had = [name for name in ALL_QUALITY if table[name].notna().any()]
+        had = [name for name in ALL_QUALITY if bool(table[name].notna().any())]
         missing = [name for name in rule.metrics if name not in had]
         raise InputError(f"none has the metric '{', '.join(missing or rule.metrics)}'; they have {', '.join(had)}")
     features = [name for name in rule.metrics if name.removeprefix(schema.TEST_PREFIX) in FROM_FEATURES]
-    if features and having["fid_extractor"].nunique() > 1:
+    if features and len(set(having["fid_extractor"])) > 1:
         raise InputError(f"'{features[0]}' with different FID extractors cannot be ranked; rank by accuracy")
     having = having.sort_values([schema.EPSILON, "study", "trial"], kind="stable")
     order = _by_weight(having, rule) if rule.weighted else _in_turn(having, rule.terms)

@@ -102,12 +102,12 @@ class Runs:
     @cached_property
     def accepted(self) -> pd.DataFrame:
         """The runs that may be compared."""
-        return self.table[self.table["reason"].isna()].reset_index(drop=True)
+        return pd.DataFrame(self.table[self.table["reason"].isna()]).reset_index(drop=True)
 
     @cached_property
     def rejected(self) -> pd.DataFrame:
         """The runs that are set apart, and why."""
-        return self.table[self.table["reason"].notna()].reset_index(drop=True)
+        return pd.DataFrame(self.table[self.table["reason"].notna()]).reset_index(drop=True)
 
     @property
     def rejected_counts(self) -> str:
@@ -278,13 +278,13 @@ def _typed(rows: list[Row]) -> pd.DataFrame:
     params = sorted(table.columns.difference([*TEXTS, *NUMBERS]))
     columns = {name: table[name] if name in table else pd.Series(math.nan, table.index) for name in (*TEXTS, *NUMBERS)}
     columns |= {name: columns[name].astype("float64") for name in NUMBERS}
-    columns |= {name: _numbers(table[name]) for name in params}
+    columns |= {name: _numbers(pd.Series(table[name])) for name in params}
     return pd.DataFrame(columns)
 
 
-def _numbers(values: "pd.Series[Any]") -> "pd.Series[Any]":
+def _numbers(values: pd.Series) -> pd.Series:
     values = values.where(values != "None")
     try:
-        return pd.to_numeric(values)
+        return pd.Series(pd.to_numeric(values))
     except (ValueError, TypeError):
         return values

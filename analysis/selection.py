@@ -64,13 +64,13 @@ def configurations(runs: Runs, role: str = schema.ROLE_SEARCH) -> pd.DataFrame:
     table = comparable(runs, role).sort_values(["study", "trial"])
     key = ["study", "config_id"]
     groups = table.groupby(key, sort=False, dropna=False)
-    means = groups[list(NUMBERS)].mean()
+    means = pd.DataFrame(groups[list(NUMBERS)].mean())
     means[schema.EPSILON] = groups[schema.EPSILON].max()
-    seeds = groups.size()
+    seeds = pd.Series(groups.size(), name="seeds")
     errors = (groups[list(ALL_QUALITY)].std().div(np.sqrt(seeds), axis=0)).add_suffix(SE)
     common = table.drop(columns=[*NUMBERS, "seed"], errors="ignore").drop_duplicates(key).set_index(key)
-    merged = pd.concat([seeds.rename("seeds"), common, means, errors], axis=1).reset_index()
-    return merged[[*HEAD, *merged.columns.difference(HEAD, sort=False)]]
+    merged = pd.concat([seeds, common, means, errors], axis=1).reset_index()
+    return merged.reindex(columns=[*HEAD, *merged.columns.difference(HEAD, sort=False)])
 
 
 def comparable(runs: Runs, role: str | None = None) -> pd.DataFrame:
@@ -86,7 +86,7 @@ def comparable(runs: Runs, role: str | None = None) -> pd.DataFrame:
     if role is None:
         return runs.accepted
     repeats = [study.name for study in runs.studies if study.repeats]
-    found = runs.accepted[(runs.accepted["role"] == role) & ~runs.accepted["study"].isin(repeats)]
+    found = pd.DataFrame(runs.accepted[(runs.accepted["role"] == role) & ~runs.accepted["study"].isin(repeats)])
     if found.empty:
         why = f" ({told})" if told else ""
         raise InputError(f"study '{runs.name}' has no accepted run of role {role}{why}; let it go on")
@@ -103,13 +103,13 @@ def run_of(runs: Runs, configuration: Row, rule: Rule) -> Row:
     """The best of a configuration's seeds, by a rule."""
     table = runs.accepted
     same = (table["config_id"] == configuration["config_id"]) & (table["study"] == configuration["study"])
-    return rows_of(ordered(table[same], rule).head(1))[0]
+    return rows_of(ordered(pd.DataFrame(table[same]), rule).head(1))[0]
 
 
 def baselines(runs: Runs) -> list[Row]:
     """The accepted baselines, by name."""
     accepted = comparable(runs)
-    return rows_of(accepted[accepted["role"] == schema.ROLE_BASELINE])
+    return rows_of(pd.DataFrame(accepted[accepted["role"] == schema.ROLE_BASELINE]))
 
 
 def control_of(runs: Runs, run: Row) -> Row | None:

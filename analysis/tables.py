@@ -45,7 +45,7 @@ def print_rejected(runs: Runs) -> None:
 
 def print_configurations(table: pd.DataFrame, metrics: Sequence[str], title: str, lead: str) -> None:
     """Configurations, one a line: means over their seeds, with standard errors where there are several."""
-    names = [name for name in dict.fromkeys((*metrics, *SHOWN)) if name in table and table[name].notna().any()]
+    names = [name for name in dict.fromkeys((*metrics, *SHOWN)) if name in table and bool(table[name].notna().any())]
     names = [schema.EPSILON, *(name for name in names if name != schema.EPSILON)]
     shown = console.table("" if lead == "on_front" else lead, "trial", "seeds", *map(called, names), title=title)
     for row in rows_of(table):

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,8 +19,9 @@ from typer.testing import CliRunner, Result
 from analysis import export
 from analysis.cli import app, main
 from analysis.export import export_run
-from analysis.runs import Runs, load_runs
-from analysis.selection import baselines, rank, select_best
+from analysis.rules import ordered, parse_rule
+from analysis.runs import Row, Runs, load_runs, rows_of
+from analysis.selection import baselines, best, comparable, select_best
 from dpsink.checkpoint import load_generator
 from dpsink.config import load_config
 from dpsink.errors import InputError
@@ -39,7 +39,7 @@ BASELINES = [
 ]
 GOOD = [
     Fake("sharp", metrics={"fid": 20.0, "accuracy": 0.7}, test={"fid": 21.0, "accuracy": 0.69}),
-    Fake("useful", metrics={"fid": 40.0, "accuracy": 0.8}, state="stopped_early", overrides=("optimizer.lr=2e-4",)),
+    Fake("useful", metrics={"fid": 40.0, "accuracy": 0.8}, overrides=("optimizer.lr=2e-4",)),
 ]
 BAD = {
     "failed": Fake("a-failed", state="failed", error="out of memory"),
@@ -51,6 +51,9 @@ BAD = {
     "with another FID extractor": Fake("g-inception", overrides=("evaluation.extractor=inception",)),
     "without its objective": Fake("h-blind", metrics={"accuracy": math.nan}),
     "without epsilon": Fake("i-silent", epsilons=()),
+    "stopped early": Fake("j-stopped", state="stopped_early", metrics={"accuracy": 0.99}),
+    "without its files": Fake("k-gone", metrics={"accuracy": 0.99}),
+    "beside another seed": Fake("l-second-seed", config_id="c-a-failed", metrics={"accuracy": 0.99}),
 }
 
 
@@ -72,6 +75,7 @@ def database(empty_database: tuple[Path, str], tmp_path_factory: pytest.TempPath
     }
     for name, fakes in studies.items():
         rebuild(make_study(place / name, list(fakes), uri, name=name, study_id=f"id-{name}"))
+    shutil.rmtree(place / "digits" / "trials" / "k-gone" / "run")
     return uri
 
 
@@ -101,7 +105,7 @@ def test_a_rejection_gives_its_detail(runs: Runs) -> None:
 
 
 def test_params_that_are_numbers_are_read_as_numbers(runs: Runs) -> None:
-    (useful,) = [run for run in select_from(runs) if run["trial"] == "useful"]
+    (useful,) = [run for run in rows_of(runs.accepted) if run["trial"] == "useful"]
     assert useful["optimizer.lr"] == 2e-4
     assert useful["optimizer.schedule"] == "constant"
     assert math.isnan(useful["privacy.steps"])
@@ -151,61 +155,60 @@ def test_a_server_that_does_not_answer_is_told_in_one_line() -> None:
 
 def test_a_study_without_trials_says_so(database: str) -> None:
     with pytest.raises(InputError, match="no trial has started"):
-        load_runs("empty", database)
+        comparable(load_runs("empty", database))
 
 
 def test_a_study_whose_runs_are_all_rejected_says_why_by_count(database: str) -> None:
     with pytest.raises(InputError, match="all 3 runs are rejected: 2 unfinished, 1 diverged"):
-        load_runs("hopeless", database)
+        best(load_runs("hopeless", database))
+
+
+def chosen(runs: Runs, by: str) -> Row:
+    return select_best(runs, parse_rule(by))
 
 
 def test_fid_is_minimised(runs: Runs) -> None:
-    assert select_best(runs, "fid")["trial"] == "sharp"
+    assert chosen(runs, "fid")["trial"] == "sharp"
 
 
 def test_accuracy_is_maximised(runs: Runs) -> None:
-    assert select_best(runs, "accuracy")["trial"] == "useful"
+    assert chosen(runs, "accuracy")["trial"] == "useful"
 
 
 def test_metrics_on_the_test_split_rank_only_the_runs_that_have_them(runs: Runs) -> None:
-    assert [run["trial"] for run in rank(select_from(runs), "test_accuracy")] == ["sharp"]
+    assert list(best(runs, "test_accuracy")["trial"]) == ["sharp"]
 
 
-def select_from(runs: Runs) -> list[dict[str, Any]]:
-    return [{str(key): value for key, value in row.items()} for row in runs.accepted.to_dict("records")]
-
-
-def test_baselines_are_ranked_apart(runs: Runs) -> None:
-    assert select_best(runs, "accuracy", role=schema.ROLE_BASELINE)["trial"] == "class-mean"
+def test_baselines_are_not_selected_from(runs: Runs) -> None:
+    assert set(best(runs, "accuracy")["role"]) == {schema.ROLE_SEARCH}
     assert [run["trial"] for run in baselines(runs)] == ["class-mean", "paper"]
 
 
 def test_ties_go_to_less_epsilon_and_then_to_the_first_name(database: str) -> None:
-    ranked = rank(select_from(load_runs("ties", database)), "fid")
-    assert [run["trial"] for run in ranked] == ["b", "z", "a", "c"]
+    assert list(best(load_runs("ties", database), "fid")["trial"]) == ["b", "z", "a", "c"]
 
 
 def test_fid_of_different_extractors_is_never_ranked(runs: Runs) -> None:
-    mixed = [run | {"fid_extractor": f"classifier@{index}"} for index, run in enumerate(select_from(runs))]
+    mixed = runs.accepted.assign(fid_extractor=[f"classifier@{index}" for index in range(len(runs.accepted))])
     with pytest.raises(InputError, match="different FID extractors"):
-        rank(mixed, "fid")
-    assert rank(mixed, "accuracy")
+        ordered(mixed, parse_rule("fid"))
+    assert len(ordered(mixed, parse_rule("accuracy"))) == len(mixed)
 
 
 def test_an_unknown_metric_names_the_nearest(runs: Runs) -> None:
     with pytest.raises(InputError, match="did you mean 'accuracy'"):
-        select_best(runs, "acuracy")
+        best(runs, "acuracy")
 
 
 def test_a_study_without_searched_runs_says_so(database: str) -> None:
     with pytest.raises(InputError, match=r"no accepted run of role search \(1 failed\)"):
-        select_best(load_runs("baselines-only", database), "fid")
+        best(load_runs("baselines-only", database), "fid")
 
 
 def test_an_export_is_the_generator_that_was_trained(runs: Runs, tmp_path: Path) -> None:
-    best = select_best(runs, "fid")
-    exported, _ = load_generator(export_run(runs, best, tmp_path / "out", selected_by="fid"))
-    trained, _ = load_generator(Path(best["folder"]))
+    run = chosen(runs, "fid")
+    exported, _ = load_generator(export_run(runs, run, tmp_path / "out", selected_by="fid"))
+    trained, _ = load_generator(Path(run["folder"]))
     pairs = zip(exported.state_dict().values(), trained.state_dict().values(), strict=True)
     assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
 
@@ -213,8 +216,8 @@ def test_an_export_is_the_generator_that_was_trained(runs: Runs, tmp_path: Path)
 def test_an_export_carries_its_settings_samples_metrics_and_the_statement_that_covers_the_selection(
     runs: Runs, tmp_path: Path
 ) -> None:
-    best = select_best(runs, "fid")
-    out = export_run(runs, best, tmp_path / "out", selected_by="fid")
+    run = chosen(runs, "fid")
+    out = export_run(runs, run, tmp_path / "out", selected_by="fid")
     card = json.loads((out / "card.json").read_text())
     assert load_config(out / "config.yaml").model_dump() == load_generator(out)[1].config.model_dump()
     assert Image.open(out / "samples.png").size[0] > 0
@@ -225,31 +228,31 @@ def test_an_export_carries_its_settings_samples_metrics_and_the_statement_that_c
 
 
 def test_an_export_has_no_optimiser(runs: Runs, tmp_path: Path) -> None:
-    out = export_run(runs, select_best(runs, "fid"), tmp_path / "out", selected_by="fid")
+    out = export_run(runs, chosen(runs, "fid"), tmp_path / "out", selected_by="fid")
     assert not list(out.glob("optimizer*"))
 
 
 def test_nothing_is_overwritten_without_force(runs: Runs, tmp_path: Path) -> None:
-    best = select_best(runs, "fid")
-    out = export_run(runs, best, tmp_path / "out", selected_by="fid")
+    run = chosen(runs, "fid")
+    out = export_run(runs, run, tmp_path / "out", selected_by="fid")
     (out / "mark").touch()
     with pytest.raises(InputError, match="--force"):
-        export_run(runs, best, out, selected_by="fid")
+        export_run(runs, run, out, selected_by="fid")
     assert (out / "mark").exists()
-    export_run(runs, best, out, selected_by="fid", force=True)
+    export_run(runs, run, out, selected_by="fid", force=True)
     assert not (out / "mark").exists()
 
 
 def test_force_does_not_replace_what_is_no_export(runs: Runs, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(InputError, match="is no export"):
-        export_run(runs, select_best(runs, "fid"), tmp_path, selected_by="fid", force=True)
+        export_run(runs, chosen(runs, "fid"), tmp_path, selected_by="fid", force=True)
     assert (tmp_path / "thesis.tex").exists()
 
 
 def test_an_export_that_fails_leaves_the_old_one(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    best = select_best(runs, "fid")
-    out = export_run(runs, best, tmp_path / "out", selected_by="fid")
+    run = chosen(runs, "fid")
+    out = export_run(runs, run, tmp_path / "out", selected_by="fid")
     before = sorted(out.iterdir())
 
     def disk_is_full(*_: object) -> None:
@@ -257,25 +260,25 @@ def test_an_export_that_fails_leaves_the_old_one(runs: Runs, tmp_path: Path, mon
 
     monkeypatch.setattr(export, "_card", disk_is_full)
     with pytest.raises(InputError, match="No space left"):
-        export_run(runs, best, out, selected_by="fid", force=True)
+        export_run(runs, run, out, selected_by="fid", force=True)
     assert sorted(out.iterdir()) == before
     assert list(tmp_path.iterdir()) == [out]
 
 
 def test_files_that_are_elsewhere_are_asked_for(runs: Runs, tmp_path: Path) -> None:
-    gone = select_best(runs, "fid") | {"folder": str(tmp_path / "gone")}
+    gone = chosen(runs, "fid") | {"folder": str(tmp_path / "gone")}
     with pytest.raises(InputError, match="where the study's storage is"):
         export_run(runs, gone, tmp_path / "out", selected_by="fid")
 
 
 def test_files_of_another_trial_are_refused(runs: Runs, tmp_path: Path) -> None:
-    swapped = select_best(runs, "fid") | {"folder": select_best(runs, "accuracy")["folder"]}
+    swapped = chosen(runs, "fid") | {"folder": chosen(runs, "accuracy")["folder"]}
     with pytest.raises(InputError, match="another trial"):
         export_run(runs, swapped, tmp_path / "out", selected_by="fid")
     assert not (tmp_path / "out").exists()
 
 
-def best(database: str, out: Path, *more: str, study: str = "digits") -> Result:
+def call_best(database: str, out: Path, *more: str, study: str = "digits") -> Result:
     arguments = ["best", study, "--tracking-uri", database, "--out", str(out), *more]
     return CliRunner().invoke(app, arguments, standalone_mode=False)
 
@@ -286,7 +289,7 @@ def wide_console(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_best_exports_both_and_a_picture(database: str, tmp_path: Path) -> None:
-    result = best(database, tmp_path / "out")
+    result = call_best(database, tmp_path / "out")
     assert result.exception is None
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["best-accuracy", "best-fid", "comparison.png"]
     for metric, trial in (("fid", "sharp"), ("accuracy", "useful")):
@@ -295,7 +298,7 @@ def test_best_exports_both_and_a_picture(database: str, tmp_path: Path) -> None:
 
 
 def test_best_prints_one_json_document(database: str, tmp_path: Path) -> None:
-    document = json.loads(best(database, tmp_path / "out", "--json").stdout)
+    document = json.loads(call_best(database, tmp_path / "out", "--json").stdout)
     assert document["accepted"] == 4
     assert len(document["rejected"]) == len(BAD)
     shown = {run["title"]: run for run in document["runs"]}
@@ -303,12 +306,12 @@ def test_best_prints_one_json_document(database: str, tmp_path: Path) -> None:
     assert shown["best by accuracy"]["optimizer.lr"] == 2e-4
     assert shown["class-mean"]["variety"] == 0.01
     assert shown["class-mean"]["test_fid"] is None
-    assert document["study"]["statement"]["study_epsilon"] == STATEMENT["study_epsilon"]
+    assert document["studies"][0]["statement"]["study_epsilon"] == STATEMENT["study_epsilon"]
 
 
 def test_best_refuses_before_it_writes_anything(database: str, tmp_path: Path) -> None:
     (tmp_path / "comparison.png").write_text("mine")
-    result = best(database, tmp_path)
+    result = call_best(database, tmp_path)
     assert isinstance(result.exception, InputError)
     assert [path.name for path in tmp_path.iterdir()] == ["comparison.png"]
 
@@ -342,7 +345,7 @@ def test_best_prints_the_comparison_and_the_reasons(
     assert command("best", "digits", "--tracking-uri", database) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    assert "4 of 13 runs accepted" in printed.out
+    assert "4 of 16 runs accepted" in printed.out
     assert "above the target epsilon" in printed.out
     assert "whole study ε ≤ 31.416" in printed.out
     assert (tmp_path / "exports" / "digits" / "best-fid").is_dir()

@@ -92,7 +92,7 @@ def test_studies_import_neither_analysis_nor_tests() -> None:
 
 
 def test_analysis_imports_of_the_studies_their_schema_only() -> None:
-    found = foreign("analysis", roots={"tune", "ray", "optuna", "experiments", "tests"})
+    found = foreign("analysis", roots={"tune", "ray", "experiments", "tests"})
     assert found and {line for line in found if " → tune.schema" not in line} == set()
 
 

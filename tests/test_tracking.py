@@ -48,6 +48,7 @@ class Fake:
     fingerprint: str = FINGERPRINT
     test: dict[str, float] = field(default_factory=dict)
     error: str | None = None
+    config_id: str | None = None
 
     @property
     def config(self) -> TrialConfig:
@@ -73,7 +74,7 @@ def make_study(path: Path, fakes: list[Fake], uri: str, **changes: Any) -> Study
 def write_trial(folder: StudyFolder, fake: Fake) -> None:
     """Writes, or writes on, what a trial leaves behind."""
     record = TrialRecord(
-        name=fake.name, role=fake.role, config_id=f"c-{fake.name}", config=fake.config, steps=100,
+        name=fake.name, role=fake.role, config_id=fake.config_id or f"c-{fake.name}", config=fake.config, steps=100,
         sample_rate=0.1, noise_multiplier=3.0,
     )  # fmt: skip
     folder.add_trial(record)

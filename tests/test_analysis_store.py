@@ -1,0 +1,170 @@
+"""Runs out of MLflow: by its client or from its tables the same, many of them soon, foreign stores told in a line."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+
+from analysis import store
+from analysis.runs import NUMBERS, TEXTS, Runs, load_runs
+from analysis.store import find_runs
+from dpsink.errors import InputError
+from tests.stores import Run, control_run, large_study, study_run, trial_run, write_runs
+from tests.test_tracking import empty_database
+from tune import schema
+
+__all__ = ["empty_database"]  # a fixture
+MANY = 10_000
+Written = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def large(empty_database: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Runs, float]:
+    """A study of ten thousand runs, and the CPU seconds that it took to load."""
+    database = tmp_path_factory.mktemp("large") / "mlflow.db"
+    shutil.copyfile(empty_database[0], database)
+    write_runs(database, large_study("large", MANY))
+    started = time.process_time()
+    runs = load_runs("large", f"sqlite:///{database}")
+    return runs, time.process_time() - started
+
+
+@pytest.fixture
+def written(empty_database: tuple[Path, str], tmp_path: Path) -> Written:
+    """Writes runs into a database of their own; answers with its URI."""
+
+    def write(*runs: Run) -> str:
+        shutil.copyfile(empty_database[0], tmp_path / "mlflow.db")
+        write_runs(tmp_path / "mlflow.db", runs)
+        return f"sqlite:///{tmp_path}/mlflow.db"
+
+    return write
+
+
+def few(study: str = "few") -> list[Run]:
+    metrics = {"accuracy": 0.7, "fid": math.nan, "kid": 0.1 + 0.2}
+    return [study_run(study), *(trial_run(study, f"t{index}", metrics) for index in range(3)), control_run(study, {})]
+
+
+def test_ten_thousand_runs_load_within_five_seconds(large: tuple[Runs, float]) -> None:
+    runs, seconds = large
+    assert (len(runs.accepted), len(runs.rejected)) == (MANY + 1, 0)
+    assert seconds <= 5
+
+
+def test_every_column_has_the_type_that_is_documented(large: tuple[Runs, float]) -> None:
+    table = large[0].table
+    assert list(table.columns[: len(TEXTS)]) == list(TEXTS)
+    assert {str(table[name].dtype) for name in NUMBERS} == {"float64"}
+    assert all(pd.api.types.is_numeric_dtype(table[name]) for name in ("optimizer.lr", "seed", "privacy.batch_size"))
+    assert not pd.api.types.is_numeric_dtype(table["generator.kind"])
+
+
+def test_the_tables_and_the_client_tell_the_same(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = written(*few(), *few("other"))
+    by_tables = find_runs(uri, schema.STUDY_ID_TAG, ["id-few", "id-other"])
+    monkeypatch.setattr(store, "KNOWN_TABLES", "of another day")
+    by_client = find_runs(uri, schema.STUDY_ID_TAG, ["id-few", "id-other"])
+    assert len(by_tables) == 10
+    assert list(map(repr, by_tables)) == list(map(repr, by_client))  # NaN is not equal to itself
+
+
+def test_the_tables_are_read_where_mlflow_of_this_installation_made_them(empty_database: tuple[Path, str]) -> None:
+    """After an upgrade of MLflow: look at the tables again, then name their revision."""
+    with closing(sqlite3.connect(empty_database[0])) as connection:
+        assert connection.execute("select version_num from alembic_version").fetchone()[0] == store.KNOWN_TABLES
+
+
+@pytest.mark.parametrize("what", ["run", "experiment"])
+def test_what_was_deleted_in_mlflow_is_not_read(written: Written, what: str) -> None:
+    uri = written(*few())
+    client = MlflowClient(uri)
+    if what == "run":
+        client.delete_run("few-t1")
+        assert list(load_runs("few", uri).table["trial"]) == ["baseline-class-mean", "t0", "t2"]
+    else:
+        client.delete_experiment(client.create_experiment("mine"))
+        with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as connection, connection:
+            connection.execute("update runs set experiment_id = 1")
+        with pytest.raises(InputError, match="it holds no study"):
+            load_runs("few", uri)
+
+
+def test_a_store_of_another_mlflow_is_told_in_one_line(written: Written) -> None:
+    uri = written(*few())
+    with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as connection, connection:
+        connection.execute("update alembic_version set version_num = '97727af70f4d'")
+    with pytest.raises(InputError, match="another version of MLflow made it") as caught:
+        load_runs("few", uri)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_store_of_a_later_mlflow_is_told_in_one_line(written: Written) -> None:
+    uri = written(*few())
+    with closing(sqlite3.connect(uri.removeprefix("sqlite:///"))) as connection, connection:
+        connection.execute("update alembic_version set version_num = 'ffffffffffff'")
+    with pytest.raises(InputError, match="another version of MLflow made it") as caught:
+        load_runs("few", uri)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_database_is_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("no database\n" * 100)
+    with pytest.raises(InputError, match="cannot be read") as caught:
+        load_runs("few", f"sqlite:///{tmp_path}/mlflow.db")
+    assert "\n" not in str(caught.value)
+
+
+def test_studies_of_different_data_are_not_compared(written: Written) -> None:
+    theirs = study_run("theirs", tags={schema.FINGERPRINT_TAG: "hmac:theirs"}, data_name="mnist")
+    uri = written(*few(), theirs)
+    with pytest.raises(InputError, match=r"'few' \(digits, .*'theirs' \(mnist, .*different data"):
+        load_runs(["few", "theirs"], uri)
+
+
+def test_studies_at_different_delta_are_not_compared(written: Written) -> None:
+    uri = written(*few(), study_run("loose", delta=1e-3))
+    with pytest.raises(InputError, match="different δ"):
+        load_runs(["few", "loose"], uri)
+
+
+def test_several_studies_are_one_table_in_the_order_asked_for(written: Written) -> None:
+    runs = load_runs(["other", "few"], written(*few(), *few("other")))
+    assert list(runs.table["study"]) == ["other"] * 4 + ["few"] * 4
+    assert runs.name == "other+few"
+
+
+def test_a_study_with_another_extractor_is_set_apart_from_the_first(written: Written) -> None:
+    tags = {schema.EXTRACTOR_TAG: "inception@180"}
+    inception = [study_run("inception", tags=tags), trial_run("inception", "t0", {"accuracy": 0.9}, tags=tags)]
+    runs = load_runs(["few", "inception"], written(*few(), *inception))
+    assert list(runs.rejected["reason"])[-1] == "with another FID extractor"
+
+
+def test_a_run_above_the_target_of_its_own_study_is_set_apart(written: Written) -> None:
+    strict = [study_run("strict", target_epsilon=1.0), trial_run("strict", "t0", {"accuracy": 0.9})]
+    runs = load_runs(["few", "strict"], written(*few(), *strict))
+    (reason,) = runs.rejected[runs.rejected["study"] == "strict"]["reason"]
+    assert reason == "above the target epsilon"
+
+
+def test_two_studies_of_one_name_are_not_mixed(written: Written, tmp_path: Path) -> None:
+    uri = written(*few())
+    twin = study_run("few")
+    write_runs(
+        Path(uri.removeprefix("sqlite:///")), [twin._replace(id="twin", tags=twin.tags | {schema.STUDY_ID_TAG: "id-2"})]
+    )
+    for study_id in ("id-few", "id-2"):
+        (tmp_path / study_id).mkdir()
+        (tmp_path / study_id / "study.json").write_text(f'{{"study_id": "{study_id}", "tracking_uri": "{uri}"}}')
+    with pytest.raises(InputError, match="two studies are called 'few'"):
+        load_runs([str(tmp_path / "id-few"), str(tmp_path / "id-2")])

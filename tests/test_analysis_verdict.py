@@ -1,0 +1,204 @@
+"""The second judgement: fresh samples on images that chose nothing, kept as they come, and what they mean."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+import dpsink.judging
+from analysis.charts import verdict_figure
+from analysis.runs import Runs, load_runs
+from analysis.verdict import FIRST_SEED, evaluate_top
+from dpsink.data import ImageData
+from dpsink.errors import InputError
+from tests.test_tracking import Fake, empty_database, make_study
+from tune.tracking import rebuild
+
+__all__ = ["empty_database"]  # a fixture
+SELECTED = {"lucky": 0.9, "honest": 0.8, "third": 0.7, "last": 0.1}  # accuracy on validation
+TRUE = {"lucky": 0.60, "honest": 0.8, "third": 0.79, "last": 0.1}
+SCATTER = (-0.02, 0.0, 0.02)
+Judge = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def runs(empty_database: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory, digits: ImageData) -> Runs:
+    place = tmp_path_factory.mktemp("verdict")
+    shutil.copyfile(empty_database[0], place / "mlflow.db")
+    fakes = [
+        Fake(name, metrics={"accuracy": accuracy, "fid": 100 * (1 - accuracy)}, fingerprint=digits.fingerprint)
+        for name, accuracy in SELECTED.items()
+    ]
+    uri = f"sqlite:///{place}/mlflow.db"
+    rebuild(make_study(place / "study", fakes, uri, data_fingerprint=digits.fingerprint))
+    return load_runs("digits-study", uri)
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A judge who knows the truth, up to a scatter over seeds; notes what he was asked."""
+    asked: list[dict[str, Any]] = []
+
+    def judge(place: Path, **options: Any) -> dict[str, Any]:
+        name = place.parent.parent.name
+        asked.append({"trial": name, **options})
+        accuracy = TRUE[name] + SCATTER[options["seed"] % len(SCATTER)]
+        return {"metrics": {"accuracy": accuracy, "fid": 100 * (1 - accuracy), "variety": 0.5, "recall": 0.4}}
+
+    monkeypatch.setattr(dpsink.judging, "judge", judge)
+    return asked
+
+
+@pytest.fixture(autouse=True)
+def own_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    yield
+
+
+def test_the_best_are_judged_on_test_with_seeds_of_their_own(runs: Runs, judged: list[dict[str, Any]]) -> None:
+    evaluate_top(runs, top=2, seeds=3, samples=700)
+    assert {(one["split"], one["samples"], one["extractor"]) for one in judged} == {("test", 700, "classifier")}
+    assert sorted((one["trial"], one["seed"] - FIRST_SEED) for one in judged) == [
+        (name, seed) for name in ("honest", "lucky") for seed in range(3)
+    ]
+
+
+def test_mean_and_interval_are_student_s(runs: Runs, judged: list[dict[str, Any]]) -> None:
+    (row,) = evaluate_top(runs, top=1, seeds=3).to_dict("records")
+    values = [TRUE["lucky"] + SCATTER[(FIRST_SEED + seed) % 3] for seed in range(3)]
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    assert [row["judged"], row["judged_low"], row["judged_high"]] == pytest.approx([np.mean(values), low, high])
+    assert (row["selected"], row["test_variety"], row["test_recall"]) == pytest.approx((0.9, 0.5, 0.4))
+
+
+def test_a_lucky_winner_is_found_out(runs: Runs, judged: list[dict[str, Any]]) -> None:
+    found = evaluate_top(runs, top=3, seeds=3)
+    words = " ".join(found.attrs["words"])
+    assert list(found["judged_rank"]) == [3, 1, 2]
+    assert "The selection does not hold: honest is better by more than both intervals" in words
+    assert "lucky is number 3 of 3 on test" in words
+    assert "Not to be told apart from honest, the best on test: third." in words
+    assert "Kendall's τ -0.33" in words
+
+
+def test_a_winner_that_keeps_its_promise_is_confirmed(runs: Runs, judged: list[dict[str, Any]]) -> None:
+    found = evaluate_top(runs, where=["accuracy<0.85", "trial!=third"], top=2, seeds=3)
+    assert "The selection holds on these images: honest is number 1 of 2" in " ".join(found.attrs["words"])
+    assert found["probability_best"].iloc[0] > 0.99
+
+
+def test_the_words_say_what_selected_and_what_judged(runs: Runs, judged: list[dict[str, Any]]) -> None:
+    first, *_, last = evaluate_top(runs, weights="accuracy=1,fid=-0.01", top=2, seeds=2).attrs["words"]
+    assert "Selected by 1·accuracy − 0.01·FID on validation" in first and "on test" in first
+    assert "choose by validation, not by this table" in last
+
+
+@pytest.mark.parametrize("by", ["accuracy", "fid"])
+def test_probabilities_add_up_and_follow_the_metric_s_direction(
+    runs: Runs, judged: list[dict[str, Any]], by: str
+) -> None:
+    found = evaluate_top(runs, by, top=4, seeds=3)
+    assert found["probability_best"].sum() == pytest.approx(1)
+    assert found.set_index("trial")["probability_best"].idxmax() == "honest"
+    assert found.set_index("trial")["judged_rank"]["last"] == 4
+
+
+def test_the_result_is_a_file(runs: Runs, judged: list[dict[str, Any]], tmp_path: Path) -> None:
+    found = evaluate_top(runs, top=2, seeds=2)
+    place = tmp_path / "exports" / "digits-study" / "evaluate-top"
+    document = json.loads((place / "result.json").read_text())
+    assert [row["trial"] for row in document["rows"]] == ["lucky", "honest"]
+    assert document["words"] == found.attrs["words"]
+    assert list(pd.read_csv(place / "result.csv")["trial"]) == ["lucky", "honest"]
+
+
+def test_what_was_measured_before_it_stopped_is_not_measured_again(
+    runs: Runs, judged: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patient = dpsink.judging.judge
+
+    def stopped(place: Path, **options: Any) -> dict[str, Any]:
+        if len(judged) == 4:
+            raise KeyboardInterrupt
+        return patient(place, **options)
+
+    monkeypatch.setattr(dpsink.judging, "judge", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_top(runs, top=3, seeds=3)
+    monkeypatch.setattr(dpsink.judging, "judge", patient)
+    resumed = evaluate_top(runs, top=3, seeds=3)
+    assert len(judged) == len({(one["trial"], one["seed"]) for one in judged}) == 9
+    whole = evaluate_top(runs, top=3, seeds=3, out=Path("whole"))
+    pd.testing.assert_frame_equal(resumed, whole)
+
+
+def test_other_samples_are_measured_anew(runs: Runs, judged: list[dict[str, Any]]) -> None:
+    evaluate_top(runs, top=1, seeds=2, samples=500)
+    evaluate_top(runs, top=1, seeds=2, samples=600, force=True)
+    assert [one["samples"] for one in judged] == [500, 500, 600, 600]
+
+
+def test_a_result_is_not_replaced_without_force(runs: Runs, judged: list[dict[str, Any]]) -> None:
+    evaluate_top(runs, top=1, seeds=2)
+    with pytest.raises(InputError, match=r"result.json: exists.*--force"):
+        evaluate_top(runs, top=1, seeds=2)
+    assert len(judged) == 2
+
+
+def test_progress_counts_what_is_left(runs: Runs, judged: list[dict[str, Any]]) -> None:
+    told: list[tuple[int, int, str]] = []
+    evaluate_top(runs, top=2, seeds=2, on_progress=lambda *now: told.append(now))
+    assert told[0] == (0, 4, "lucky, seed 1 of 2")
+    assert told[-1] == (4, 4, "")
+
+
+def without_files(runs: Runs, *names: str) -> Runs:
+    """The same runs, read where some of their folders are not."""
+    gone = runs.table["trial"].isin(names)
+    return Runs(runs.studies, runs.tracking_uri, runs.table.assign(folder=runs.table["folder"].mask(gone, "/gone")))
+
+
+def test_a_generator_whose_files_are_gone_is_told_and_the_others_judged(
+    runs: Runs, judged: list[dict[str, Any]]
+) -> None:
+    found = evaluate_top(without_files(runs, "lucky"), top=3, seeds=2)
+    assert list(found["trial"]) == ["honest", "third"]
+    assert list(found["rank"]) == [2, 3]
+    assert found.attrs["skipped"] == ["files of trial lucky are not at /gone; run this where the study's storage is"]
+
+
+def test_where_all_files_are_gone_nothing_is_judged(runs: Runs, judged: list[dict[str, Any]], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="none of the best 2 can be judged: files of trial lucky"):
+        evaluate_top(without_files(runs, "lucky", "honest"), top=2, seeds=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_test_split_may_not_select_and_judge(runs: Runs) -> None:
+    with pytest.raises(InputError, match="may not select what the test split is to judge"):
+        evaluate_top(runs, "test_accuracy")
+
+
+def test_one_seed_makes_no_interval(runs: Runs) -> None:
+    with pytest.raises(InputError, match="2 seeds for an interval"):
+        evaluate_top(runs, seeds=1)
+
+
+def test_the_picture_shows_promise_and_truth(runs: Runs, judged: list[dict[str, Any]]) -> None:
+    (axes,) = verdict_figure(evaluate_top(runs, top=3, seeds=3)).axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1. lucky", "2. honest", "3. third"]
+    assert axes.get_xlabel() == "accuracy"
+
+
+def test_a_real_generator_is_judged_the_same_by_the_same_seeds(runs: Runs) -> None:
+    one, again = (evaluate_top(runs, top=1, seeds=2, samples=40, out=Path(name)) for name in ("one", "again"))
+    pd.testing.assert_frame_equal(one, again)
+    assert all(math.isfinite(one[f"test_{name}"].iloc[0]) for name in ("accuracy", "fid", "variety", "recall"))

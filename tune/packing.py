@@ -279,7 +279,8 @@ class GpuEngine:
         with self._changed:
             lease = self._lease(name, token)
             self._acknowledge(lease, told)
-            self._changed.wait_for(lambda: lease.news or lease.token != token or self._closed, POLL_SECONDS)
+            patience = min(POLL_SECONDS, self.packing.lease_seconds / 3)
+            self._changed.wait_for(lambda: lease.news or lease.token != token or self._closed, patience)
             return self._lease(name, token).news
 
     def leave(self, name: str, token: str) -> None:
@@ -361,14 +362,14 @@ class GpuEngine:
 
     def _work(self) -> None:
         try:
-            while True:
+            while not self._idle():
                 self._take_notes()
                 self._let_leases_run_out()
                 if self._ensemble is not None and self._ensemble.busy:
                     self._tell(self._ensemble.advance())
-        except BaseException:
-            log.exception("the engine ends")
-            self._die()
+        except Exception:
+            log.exception("an engine ends; its trials go on in another, from their checkpoints")
+        self._die()
 
     def _take_notes(self) -> None:
         """Does what is to be done; waits for it where there is nothing else."""
@@ -391,8 +392,9 @@ class GpuEngine:
                     self._end(lease)
             if self._leases or self._notes:
                 self._used = now
-            elif now - self._used > self.packing.idle_seconds:
-                self._die()  # with the lock held: nobody joins meanwhile
+
+    def _idle(self) -> bool:
+        return time.monotonic() - self._used > self.packing.idle_seconds
 
     def _start(self, lease: _Lease, config: "TrialConfig", data: "ImageData") -> None:
         """Opens a trial's run folder; in this thread, because it may draw from torch's own generator."""
@@ -456,6 +458,5 @@ class GpuEngine:
             torch.cuda.synchronize()
 
     def _die(self) -> None:
-        """Ends this process; waits for it."""
+        """Ends the actor; who is just about to join will find another."""
         ray.kill(ray.get_runtime_context().current_actor)
-        threading.Event().wait()

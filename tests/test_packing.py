@@ -27,7 +27,7 @@ from dpsink.privacy.budget import charged_steps
 from tune import cluster, schema
 from tune.cluster import TooLarge
 from tune.folder import StudyFolder
-from tune.packing import GpuEngine, LeaseLost, News, Packing, closing_engines, run_packed
+from tune.packing import GpuEngine, LeaseLost, LeaseRanOut, News, Packing, closing_engines, run_packed
 from tune.search import make_record
 from tune.study import Resources, Study, load_study
 from tune.sweep import run_study
@@ -41,7 +41,7 @@ SMALL = [
 ]  # fmt: skip
 LONG = "privacy.step_limit=100000"
 OTHER = "generator.hidden_dim=8"  # of another structure
-HERE: dict[str, Any] = {"data_root": "/nowhere", "threads": 1}
+NOWHERE = "/nowhere"  # where digits need no files
 
 
 def small(*overrides: str) -> TrialConfig:
@@ -94,9 +94,9 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE)
 class Engine(GpuEngine):
     """An engine without an actor around it: to die is to end its thread."""
 
-    def __init__(self, folder: StudyFolder, slots: int = 2, **times: float) -> None:
+    def __init__(self, folder: StudyFolder, slots: int = 2, **times: Any) -> None:
         self.died = threading.Event()
-        super().__init__(Packing("here", slots, **times), str(folder.path), **HERE)
+        super().__init__(Packing("here", slots, **times), str(folder.path), NOWHERE)
 
     def _die(self) -> None:
         self.died.set()
@@ -177,7 +177,7 @@ def test_lease_that_runs_out_stops_its_trial_cleanly_and_no_other(tmp_path: Path
     old, token = engine.join("dead"), engine.join("alive")
     wait_for(lambda: engine.poll("alive", token) or saved_step(folder, "dead"), "the dead client's trial to be stopped")
     assert charged(folder, "dead") == saved_step(folder, "dead")
-    with pytest.raises(LeaseLost, match="ran out"):
+    with pytest.raises(LeaseRanOut):
         engine.poll("dead", old)
     before = charged(folder, "alive")
     wait_for(lambda: engine.poll("alive", token) or charged(folder, "alive") > before, "the other to go on")
@@ -379,7 +379,7 @@ def fit(folder: StudyFolder, packing: Packing, *, failures: int = 2, **run: Any)
     names = [record.name for record in folder.trials()]
     tuner = tune.Tuner(
         tune.with_resources(client, {"cpu": 1, "gpu": 1 / 4}),
-        param_space={**HERE, "folder": str(folder.path), "trial": tune.grid_search(names)},
+        param_space={"folder": str(folder.path), "data_root": NOWHERE, "trial": tune.grid_search(names)},
         tune_config=tune.TuneConfig(max_concurrent_trials=4, reuse_actors=True),
         run_config=tune.RunConfig(
             name="ray", storage_path=str(folder.path), verbose=0, failure_config=tune.FailureConfig(failures), **run
@@ -433,11 +433,40 @@ def test_engines_are_gone_with_their_study(packed: Any) -> None:
     assert engines_of(packed[2]) == []
 
 
+class Busy(tune.Callback):
+    """A driver that is busy elsewhere for a while, when a trial reports for the first time."""
+
+    def __init__(self, trial: str, seconds: float) -> None:
+        self.trial, self.seconds = trial, seconds
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any) -> None:
+        if trial.config["trial"] == self.trial:
+            time.sleep(self.seconds)
+            self.seconds = 0.0
+
+
+@pytest.fixture(scope="module")
+def unhurried(cluster_address: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyFolder, dict[str, Any]]:
+    """A trial whose report is heard too late to keep its lease, and one that is stopped at its first report."""
+    folder = study_of(tmp_path_factory.mktemp("unhurried"), late=[], stopped=["seed=1"])
+    packing = Packing("unhurried", 2, lease_seconds=1.0)
+
+    def stop(_: str, result: dict[str, Any]) -> bool:
+        return result["config"]["trial"] == "stopped"
+
+    return folder, fit(folder, packing, failures=0, stop=stop, callbacks=[Busy("late", 3.0)])
+
+
 @SLOW
-def test_trial_that_a_scheduler_stops_pays_for_no_step_after_its_report(cluster_address: str, tmp_path: Path) -> None:
-    folder = study_of(tmp_path, a=[], b=["seed=1"])
-    fit(folder, Packing("stopped", 2), stop={"training_iteration": 1})
-    assert [(charged(folder, name), steps_on(folder, name)) for name in "ab"] == [(3, [3])] * 2
+def test_trial_that_a_scheduler_stops_pays_for_no_step_after_its_report(unhurried: Any) -> None:
+    assert (charged(unhurried[0], "stopped"), steps_on(unhurried[0], "stopped")) == (3, [3])
+
+
+@SLOW
+def test_client_whose_lease_ran_out_meanwhile_joins_again_and_nothing_is_told_twice(unhurried: Any) -> None:
+    folder, results = unhurried
+    assert attempts(folder, "late") == 2
+    assert (charged(folder, "late"), list(results["late"].metrics_dataframe["step"])) == (6, [3, 6])
 
 
 @SLOW

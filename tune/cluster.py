@@ -110,7 +110,9 @@ def _trainable(study: Study) -> tuple[Callable[..., None], AbstractContextManage
     if resources.sharing == 1:
         return partial(run_trial, device=resources.device), nullcontext()
     record = StudyFolder(study.storage.absolute() / study.name).read_study()
-    packing = Packing(record.study_id, resources.sharing, resources.device)
+    # Beside a GPU an engine has the CPUs of all its clients to evaluate on; on CPUs, trials this small gain nothing.
+    threads = max(1, int(resources.cpu * resources.sharing)) if resources.gpu else 1
+    packing = Packing(record.study_id, resources.sharing, resources.device, threads)
     return partial(run_packed, packing=packing), closing_engines(packing)
 
 

@@ -50,7 +50,11 @@ ENGINE_LOSSES = 3  # in a row, without a report between them, before a trial fai
 
 
 class LeaseLost(RuntimeError):
-    """Somebody else has the trial, or nobody: the one who asks has nothing more to say about it."""
+    """Another process has the trial, or the study is over: who asks has no more say."""
+
+
+class LeaseRanOut(RuntimeError):
+    """Nothing was heard of a client for so long that its trial was stopped; it may join again."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Packing:
         study_id: of the study that the engines belong to.
         slots: trials that step at a time in one engine; the others wait.
         device: of the engines, `cpu` or `cuda`.
+        threads: of the tensor library on the CPU, in one engine.
         lease_seconds: without a sign of life, before a client counts as dead.
         idle_seconds: without a lease, before an engine ends itself.
     """
@@ -68,6 +73,7 @@ class Packing:
     study_id: str
     slots: int
     device: str = "cpu"
+    threads: int = 1
     lease_seconds: float = LEASE_SECONDS
     idle_seconds: float = IDLE_SECONDS
 
@@ -119,6 +125,8 @@ def run_packed(config: dict[str, Any], packing: Packing) -> None:
     while True:
         try:
             return client.run()
+        except LeaseRanOut:  # while Tune had no time for a report
+            continue
         except RayActorError:
             client.losses += 1
             if client.losses > ENGINE_LOSSES:
@@ -172,8 +180,7 @@ def _find_engine(config: dict[str, Any], packing: Packing) -> Any:
         # Ray hides all GPUs from who has asked for none, unless it is told not to.
         "runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": gpu, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}},
     }
-    worker = {key: config[key] for key in ("folder", "data_root", "threads")}
-    return ray.remote(GpuEngine).options(**options).remote(packing, **worker)
+    return ray.remote(GpuEngine).options(**options).remote(packing, config["folder"], config["data_root"])
 
 
 # -- the driver -------------------------------------------------------------------------------------------------------
@@ -231,11 +238,10 @@ class GpuEngine:
     Args:
         packing: of the study.
         folder, data_root: absolute.
-        threads: of the tensor library on the CPU.
     """
 
-    def __init__(self, packing: Packing, folder: str, data_root: str, threads: int) -> None:
-        self.packing, self.folder, self.data_root, self.threads = packing, Path(folder), Path(data_root), threads
+    def __init__(self, packing: Packing, folder: str, data_root: str) -> None:
+        self.packing, self.folder, self.data_root = packing, Path(folder), Path(data_root)
         self._leases: dict[str, _Lease] = {}
         self._changed = threading.Condition()  # guards the leases and the notes
         self._notes: deque[tuple[Callable[[], None], Future[None]]] = deque()
@@ -274,7 +280,8 @@ class GpuEngine:
             told: step of the last report that this client has handed on: the trial goes on behind it.
 
         Raises:
-            LeaseLost: it was taken over or ran out, or the engine is closed.
+            LeaseLost: it was taken over, or the engine is closed.
+            LeaseRanOut: too late.
         """
         with self._changed:
             lease = self._lease(name, token)
@@ -306,8 +313,10 @@ class GpuEngine:
         """The lease that a client has, renewed."""
         self._refuse_if_closed()
         lease = self._leases.get(name)
-        if lease is None or lease.token != token:
-            raise LeaseLost(f"{name}: the lease ran out, or another process has it")
+        if lease is None:
+            raise LeaseRanOut(f"{name}: nothing was heard of its process for {self.packing.lease_seconds:g} s")
+        if lease.token != token:
+            raise LeaseLost(f"{name}: another process has it")
         lease.renewed = time.monotonic()
         return lease
 
@@ -407,7 +416,7 @@ class GpuEngine:
             return  # its client has left meanwhile
         try:
             self._ensemble = self._ensemble or Ensemble(
-                Performance(device=self.packing.device, threads=self.threads, slots=self.packing.slots)
+                Performance(device=self.packing.device, threads=self.packing.threads, slots=self.packing.slots)
             )
             lease.run = TrialRun.open(config, data, StudyFolder(self.folder).run(lease.name), OsEntropy())
         except Exception as error:

@@ -196,11 +196,21 @@ class Ensemble:
         return run.stack is not None
 
     def _stack_for(self, run: "TrialRun") -> Stack:
-        kind = (run.data.fingerprint, *structure(run.config))
-        if kind not in self._stacks:
-            used = {id(other.stack) for other in self._running}
-            self._stacks = {key: stack for key, stack in self._stacks.items() if id(stack) in used}  # memory for it
-            self._stacks[kind] = open_stack(run.config, run.data.train, self._performance, self._performance.slots)
+        """The stack of a run's structure: made when the first one comes, and replaced by a wider one when it is full,
+        so that few of a kind do not pay for many slots. The control's has one slot for ever."""
+        kind = run.kind
+        stack = self._stacks.get(kind)
+        if stack is not None and (stack.free or run.config.generator.kind == "class_mean"):
+            return stack
+        there = [other for other in self._running if stack is not None and other.stack is stack]
+        coming = sum(other.kind == kind for other in self._waiting)
+        width = min(self._performance.slots, max(2 * len(there), len(there) + coming))
+        used = {id(other.stack) for other in self._running}
+        self._stacks = {key: one for key, one in self._stacks.items() if id(one) in used}  # memory for the new one
+        self._stacks[kind] = open_stack(run.config, run.data.train, self._performance, width)
+        for other in there:
+            other.leave()
+            other.join(self._stacks[kind])
         return self._stacks[kind]
 
     def _collect(self) -> Iterator["Told"]:
@@ -302,6 +312,11 @@ class TrialRun:
     def ended(self) -> bool:
         """Whether the last report was the final one."""
         return bool(self.reports) and self.reports[-1].status != RUNNING
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What runs on one stack have in common."""
+        return (self.data.fingerprint, *structure(self.config))
 
     @property
     def boundary(self) -> int:

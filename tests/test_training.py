@@ -391,6 +391,22 @@ def test_runs_that_come_and_go_end_as_they_do_alone(opened: Callable[..., TrialR
         torch.testing.assert_close(flat(run), flat(expected), atol=1e-10, rtol=0)
 
 
+def test_runs_that_join_one_by_one_share_a_stack_and_end_as_they_do_alone(opened: Callable[..., TrialRun]) -> None:
+    alone = opened("alone")
+    ensemble = Ensemble(DOUBLE)
+    ensemble.add(alone)
+    finish(ensemble)
+    runs = [opened(str(seed), seed=seed) for seed in range(4)]
+    ensemble = Ensemble(DOUBLE.model_copy(update={"slots": 4}))
+    for run in runs:
+        ensemble.add(run)
+        ensemble.advance()
+    assert runs[1].stack is runs[2].stack is runs[3].stack is not None
+    ensemble.add(runs[0])
+    finish(ensemble)
+    torch.testing.assert_close(flat(runs[0]), flat(alone), atol=1e-10, rtol=0)
+
+
 def test_run_that_has_told_is_charged_nothing_until_it_is_added_again(opened: Callable[..., TrialRun]) -> None:
     held, neighbour = opened("held"), opened("neighbour", "privacy.step_limit=40", seed=1)
     ensemble = Ensemble(DOUBLE)

@@ -89,7 +89,7 @@ def train(
         InputError: the folder belongs to another trial or process, is damaged, or cannot be written.
     """
     _set_up(performance)  # what cannot run is refused before anything is written
-    with TrialRun.open(config, data, folder, entropy or OsEntropy()) as run:
+    with TrialRun.open(config, data, folder, entropy) as run:
         run.on_progress = on_progress
         for _, report in train_together([run], performance=performance, should_stop=should_stop):
             yield report
@@ -266,8 +266,11 @@ class TrialRun:
     granted: int = 0  # steps that are reserved and not yet taken
     reserved: int = 0  # steps of the last reservation
 
+    def __post_init__(self) -> None:
+        self.trial = Trial(self.config, self.plan, self.state, self.entropy)
+
     @classmethod
-    def open(cls, config: TrialConfig, data: ImageData, folder: Path, entropy: Entropy) -> "TrialRun":
+    def open(cls, config: TrialConfig, data: ImageData, folder: Path, entropy: Entropy | None = None) -> "TrialRun":
         """Opens a run folder, restoring the last checkpoint and taking the next attempt at the ledger."""
         plan = derive_plan(config, len(data.train))
         if warning := delta_warning(config, len(data.train)):
@@ -279,7 +282,7 @@ class TrialRun:
         budget = TrialBudget.open(
             folder / LEDGER, plan.terms(data.fingerprint), witness=saved.witness if saved else None
         )
-        run = cls(config, data, folder, entropy, plan, budget, state)
+        run = cls(config, data, folder, entropy or OsEntropy(), plan, budget, state)
         try:
             run._restore(checkpoint, saved)
         except BaseException:
@@ -329,7 +332,7 @@ class TrialRun:
     def join(self, stack: Stack) -> None:
         """Takes a slot."""
         self.stack = stack
-        self.slot = stack.join(Trial(self.config, self.plan, self.state, self.entropy))
+        self.slot = stack.join(self.trial)
 
     def leave(self) -> None:
         """Gives the slot up, if there is one, and brings the state up to date."""

@@ -15,6 +15,7 @@ from dpsink.data import ImageData, load_dataset
 from dpsink.engine import Trial, TrialStack, initial_state, learning_rate
 from dpsink.errors import InputError
 from dpsink.privacy.budget import charged_steps
+from dpsink.privacy.noise import fresh_noise
 from dpsink.privacy.plan import PrivacyPlan, derive_plan
 from dpsink.training import Ensemble, Report, Told, TrialRun, read_result, train
 from tests.conftest import ReplayedEntropy
@@ -405,6 +406,18 @@ def test_runs_that_join_one_by_one_share_a_stack_and_end_as_they_do_alone(opened
     ensemble.add(runs[0])
     finish(ensemble)
     torch.testing.assert_close(flat(runs[0]), flat(alone), atol=1e-10, rtol=0)
+
+
+def test_noise_is_seeded_once_however_often_a_run_takes_a_slot(
+    opened: Callable[..., TrialRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A seed for each slot would, over many studies, repeat one."""
+    made: list[object] = []
+    monkeypatch.setattr("dpsink.engine.fresh_noise", lambda *args: made.append(args) or fresh_noise(*args))
+    ensemble = Ensemble()
+    ensemble.add(opened("run"))
+    finish(ensemble)
+    assert len(made) == 1
 
 
 def test_run_that_has_told_is_charged_nothing_until_it_is_added_again(opened: Callable[..., TrialRun]) -> None:

@@ -165,7 +165,7 @@ def _start(study: Study) -> int:
 
 def _refuse_too_large(name: str, wanted: float, there: float, what: str) -> None:
     if wanted > there:
-        raise TooLarge(f"resources.{name}={wanted:g} must be at most the {there:g} {what} of a node")
+        raise TooLarge(f"resources.{name}={wanted:g} must be at most the {there:g} {what} of a node; lower it")
 
 
 def _last_line(trial: Any) -> str:

@@ -408,7 +408,6 @@ class GpuEngine:
     def _start(self, lease: _Lease, config: "TrialConfig", data: "ImageData") -> None:
         """Opens a trial's run folder; in this thread, because it may draw from torch's own generator."""
         from dpsink.config import Performance
-        from dpsink.entropy import OsEntropy
         from dpsink.training import Ensemble, TrialRun
         from tune.folder import StudyFolder
 
@@ -418,7 +417,7 @@ class GpuEngine:
             self._ensemble = self._ensemble or Ensemble(
                 Performance(device=self.packing.device, threads=self.packing.threads, slots=self.packing.slots)
             )
-            lease.run = TrialRun.open(config, data, StudyFolder(self.folder).run(lease.name), OsEntropy())
+            lease.run = TrialRun.open(config, data, StudyFolder(self.folder).run(lease.name))
         except Exception as error:
             return self._fail(lease, error)
         self._seated[lease.run] = lease

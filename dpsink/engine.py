@@ -65,12 +65,16 @@ def initial_state(config: TrialConfig, data: LabelledImages) -> TrialState:
 
 @dataclass
 class Trial:
-    """One trial as the engine sees it: `entropy` is asked for membership and noise, once per step."""
+    """One trial as the engine sees it: `entropy` is asked for membership and noise, once per step.
+
+    `noise` stays with the trial from slot to slot: a seed is drawn once.
+    """
 
     config: TrialConfig
     plan: PrivacyPlan
     state: TrialState
     entropy: Entropy
+    noise: Noise | None = None
 
 
 class Stack(Protocol):
@@ -219,7 +223,6 @@ class TrialStack:
         self.generators = StackedGenerator(template, slots)
         self.adam = StackedAdam(self.generators.weights)
         self.trials: list[Trial | None] = [None] * slots
-        self.noises: list[Noise | None] = [None] * slots
         self.alive = torch.ones(slots, dtype=torch.bool, device=self.device)
         self.numbers: _Numbers | None = None
         self._step = StaticStep(self._pure_step, self.device) if performance.captures else self._pure_step
@@ -233,7 +236,8 @@ class TrialStack:
         if structure(trial.config) != self.structure:
             raise ValueError("a trial of another structure needs another stack")
         slot = self.trials.index(None)
-        self.trials[slot], self.noises[slot] = trial, fresh_noise(trial.entropy, self.device)
+        self.trials[slot] = trial
+        trial.noise = trial.noise or fresh_noise(trial.entropy, self.device)
         self.generators.load(slot, trial.state.generator)
         self.adam.moments[:, slot] = trial.state.moments
         self.alive[slot] = True
@@ -242,7 +246,7 @@ class TrialStack:
 
     def leave(self, slot: int) -> None:
         self.update(slot)
-        self.trials[slot] = self.noises[slot] = None
+        self.trials[slot] = None
 
     def update(self, slot: int) -> None:
         trial = self._at(slot)
@@ -349,10 +353,10 @@ class TrialStack:
 
     def _draw_noise(self, slot: int) -> Tensor:
         shape = (self.n, self.images.shape[1])
-        noise = self.noises[slot]
-        if noise is None:
+        trial = self.trials[slot]
+        if trial is None or trial.noise is None:
             return torch.zeros(shape, dtype=torch.float64, device=self.device)
-        return noise(shape)
+        return trial.noise(shape)
 
 
 class ControlStack:

@@ -81,7 +81,7 @@ def train(
         InputError: the folder belongs to another trial or process, is damaged, or cannot be written.
     """
     set_up(performance)  # what cannot run is refused before anything is written
-    with TrialRun.open(config, data, folder, entropy or OsEntropy()) as run:
+    with TrialRun.open(config, data, folder, entropy) as run:
         run.on_progress = on_progress
         for _, report in train_together([run], performance=performance, should_stop=should_stop):
             yield report
@@ -188,11 +188,21 @@ class Ensemble:
         return run.stack is not None
 
     def _stack_for(self, run: "TrialRun") -> Stack:
-        kind = (run.data.fingerprint, *structure(run.config))
-        if kind not in self._stacks:
-            used = {id(other.stack) for other in self._running}
-            self._stacks = {key: stack for key, stack in self._stacks.items() if id(stack) in used}  # memory for it
-            self._stacks[kind] = open_stack(run.config, run.data.train, self._performance, self._performance.slots)
+        """The stack of a run's structure: made when the first one comes, and replaced by a wider one when it is full,
+        so that few of a kind do not pay for many slots. The control's has one slot for ever."""
+        kind = run.kind
+        stack = self._stacks.get(kind)
+        if stack is not None and (stack.free or run.config.generator.kind == "class_mean"):
+            return stack
+        there = [other for other in self._running if stack is not None and other.stack is stack]
+        coming = sum(other.kind == kind for other in self._waiting)
+        width = min(self._performance.slots, max(2 * len(there), len(there) + coming))
+        used = {id(other.stack) for other in self._running}
+        self._stacks = {key: one for key, one in self._stacks.items() if id(one) in used}  # memory for the new one
+        self._stacks[kind] = open_stack(run.config, run.data.train, self._performance, width)
+        for other in there:
+            other.leave()
+            other.join(self._stacks[kind])
         return self._stacks[kind]
 
     def _collect(self) -> Iterator["Told"]:
@@ -248,8 +258,11 @@ class TrialRun:
     granted: int = 0  # steps that are reserved and not yet taken
     reserved: int = 0  # steps of the last reservation
 
+    def __post_init__(self) -> None:
+        self.trial = Trial(self.config, self.plan, self.state, self.entropy)
+
     @classmethod
-    def open(cls, config: TrialConfig, data: ImageData, folder: Path, entropy: Entropy) -> "TrialRun":
+    def open(cls, config: TrialConfig, data: ImageData, folder: Path, entropy: Entropy | None = None) -> "TrialRun":
         """Opens a run folder, restoring the last checkpoint and taking the next attempt at the ledger."""
         plan = derive_plan(config, len(data.train))
         if warning := delta_warning(config, len(data.train)):
@@ -261,7 +274,7 @@ class TrialRun:
         budget = TrialBudget.open(
             folder / LEDGER, plan.terms(data.fingerprint), witness=saved.witness if saved else None
         )
-        run = cls(config, data, folder, entropy, plan, budget, state)
+        run = cls(config, data, folder, entropy or OsEntropy(), plan, budget, state)
         try:
             run._restore(checkpoint, saved)
         except BaseException:
@@ -296,6 +309,11 @@ class TrialRun:
         return bool(self.reports) and self.reports[-1].status != RUNNING
 
     @property
+    def kind(self) -> tuple[object, ...]:
+        """What runs on one stack have in common."""
+        return (self.data.fingerprint, *structure(self.config))
+
+    @property
     def boundary(self) -> int:
         """The step after which the next report is due: T is cut into equal parts."""
         points = min(self.config.evaluation.points, self.plan.steps)
@@ -306,7 +324,7 @@ class TrialRun:
     def join(self, stack: Stack) -> None:
         """Takes a slot."""
         self.stack = stack
-        self.slot = stack.join(Trial(self.config, self.plan, self.state, self.entropy))
+        self.slot = stack.join(self.trial)
 
     def leave(self) -> None:
         """Gives the slot up, if there is one, and brings the state up to date."""

@@ -768,7 +768,7 @@ def test_an_error_of_ray_is_a_crash_in_one_line(
     monkeypatch.setattr(cluster, "_tuner", lambda *_: Falling())
     anything: Any = None
     with pytest.raises(Crashed, match=r"^[^\n]*y: the reason$"):
-        cluster.run_on_ray(anything, anything, anything, anything)
+        cluster.run_on_ray(Study(name="any"), anything, anything, anything)
 
 
 def test_a_trial_that_needs_more_than_the_machine_has_is_refused(
@@ -776,11 +776,11 @@ def test_a_trial_that_needs_more_than_the_machine_has_is_refused(
 ) -> None:
     """It would wait for ever."""
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
     path = write_study(root, "greedy", resources={"cpu": 64})
     code, out, err = sweep(path, monkeypatch, capsys)
     assert (code, out) == (2, "")
-    assert "resources.cpu=64 must be at most the 2 CPUs" in err
+    assert "resources.cpu=64 must be at most the 2 CPUs of a node" in err
     assert study_status(folder_of(path)) == "KILLED"
 
 

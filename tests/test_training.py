@@ -15,6 +15,7 @@ from dpsink.data import ImageData, load_dataset
 from dpsink.engine import Trial, TrialStack, initial_state, learning_rate
 from dpsink.errors import InputError
 from dpsink.privacy.budget import charged_steps
+from dpsink.privacy.noise import fresh_noise
 from dpsink.privacy.plan import PrivacyPlan, derive_plan
 from dpsink.records import latest_checkpoint, read_state
 from dpsink.training import Ensemble, Report, Told, TrialRun, read_result, train
@@ -390,6 +391,34 @@ def test_runs_that_come_and_go_end_as_they_do_alone(opened: Callable[..., TrialR
             (report.step, report.charged, report.epsilon) for report in expected.reports
         ]
         torch.testing.assert_close(flat(run), flat(expected), atol=1e-10, rtol=0)
+
+
+def test_runs_that_join_one_by_one_share_a_stack_and_end_as_they_do_alone(opened: Callable[..., TrialRun]) -> None:
+    alone = opened("alone")
+    ensemble = Ensemble(DOUBLE)
+    ensemble.add(alone)
+    finish(ensemble)
+    runs = [opened(str(seed), seed=seed) for seed in range(4)]
+    ensemble = Ensemble(DOUBLE.model_copy(update={"slots": 4}))
+    for run in runs:
+        ensemble.add(run)
+        ensemble.advance()
+    assert runs[1].stack is runs[2].stack is runs[3].stack is not None
+    ensemble.add(runs[0])
+    finish(ensemble)
+    torch.testing.assert_close(flat(runs[0]), flat(alone), atol=1e-10, rtol=0)
+
+
+def test_noise_is_seeded_once_however_often_a_run_takes_a_slot(
+    opened: Callable[..., TrialRun], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A seed for each slot would, over many studies, repeat one."""
+    made: list[object] = []
+    monkeypatch.setattr("dpsink.engine.fresh_noise", lambda *args: made.append(args) or fresh_noise(*args))
+    ensemble = Ensemble()
+    ensemble.add(opened("run"))
+    finish(ensemble)
+    assert len(made) == 1
 
 
 def test_run_that_has_told_is_charged_nothing_until_it_is_added_again(opened: Callable[..., TrialRun]) -> None:

@@ -3,6 +3,8 @@
 import logging
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +24,7 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from dpsink import console
 from dpsink.errors import InputError
 from tune.folder import StudyFolder
+from tune.packing import Packing, closing_engines, run_packed
 from tune.room import require_room
 from tune.search import StudySearcher
 from tune.study import Study
@@ -111,24 +114,44 @@ def run_on_ray(study: Study, folder: StudyFolder, searcher: StudySearcher, liste
         DiskFull: the study's disk has no room left.
     """
     try:
-        slots = _start(study)
-        with console.stop_on_signals() as should_stop:  # after Ray has set handlers of its own
-            _tuner(study, folder, searcher, _Relay(listener, should_stop, folder.path), slots).fit()
+        fitting = _start(study)
+        trainable, engines = _trainable(study)
+        with console.stop_on_signals() as should_stop, engines:  # after Ray has set handlers of its own
+            _tuner(study, folder, searcher, _Relay(listener, should_stop, folder.path), trainable, fitting).fit()
     except (tune.TuneError, RayError) as error:
         raise Crashed(_last_words(error)) from None
     finally:
         ray.shutdown()
 
 
-def _tuner(study: Study, folder: StudyFolder, searcher: StudySearcher, relay: _Relay, slots: int) -> tune.Tuner:
+def _trainable(study: Study) -> tuple[Callable[..., None], AbstractContextManager[None]]:
+    """What a trial's process runs, and what has to be closed at the end."""
+    resources = study.resources
+    if resources.sharing == 1:
+        return partial(run_trial, device=resources.device), nullcontext()
+    record = StudyFolder(study.storage.absolute() / study.name).read_study()
+    # Beside a GPU an engine has the CPUs of all its clients to evaluate on; on CPUs, trials this small gain nothing.
+    threads = max(1, int(resources.cpu * resources.sharing)) if resources.gpu else 1
+    packing = Packing(record.study_id, resources.sharing, resources.device, threads)
+    return partial(run_packed, packing=packing), closing_engines(packing)
+
+
+def _tuner(
+    study: Study,
+    folder: StudyFolder,
+    searcher: StudySearcher,
+    relay: _Relay,
+    trainable: Callable[..., None],
+    fitting: int,
+) -> tune.Tuner:
     return tune.Tuner(
-        tune.with_resources(run_trial, {"cpu": study.resources.cpu}),
+        tune.with_resources(trainable, {"cpu": study.resources.cpu, "gpu": study.resources.gpu}),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=_Stopper(searcher.should_stop),
             num_samples=searcher.remaining,
             # Without a limit Ray asks for a trial before there is room for it, and starts workers one by one.
-            max_concurrent_trials=study.resources.concurrency or slots,
+            max_concurrent_trials=study.resources.concurrency or fitting,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
@@ -149,10 +172,21 @@ def _start(study: Study) -> int:
             address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
             configure_logging=True,
         )  # fmt: skip
-    there = ray.cluster_resources().get("CPU", 0)
-    if study.resources.cpu > there:
-        raise TooLarge(f"resources.cpu={study.resources.cpu:g} must be at most the {there:g} CPUs there are")
-    return int(there // study.resources.cpu)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus = ([node.get(kind, 0) for node in nodes] for kind in ("CPU", "GPU"))
+    _refuse_too_large("cpu", study.resources.cpu, max(cpus, default=0), "CPUs")
+    _refuse_too_large("gpu", study.resources.gpu, max(gpus, default=0), "GPUs")
+    fitting = sum(map(study.resources.fit_in, cpus, gpus))
+    if fitting == 0:
+        raise TooLarge(
+            f"resources.cpu={study.resources.cpu:g} and resources.gpu={study.resources.gpu:g} are on no node together"
+        )
+    return fitting
+
+
+def _refuse_too_large(name: str, wanted: float, there: float, what: str) -> None:
+    if wanted > there:
+        raise TooLarge(f"resources.{name}={wanted:g} must be at most the {there:g} {what} of a node; lower it")
 
 
 def _last_line(trial: Any) -> str:

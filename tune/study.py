@@ -19,6 +19,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # Not to be searched: which records are private, what is promised, and what the trials are compared by.
 COMMON = ("data.", "privacy.target_epsilon", "privacy.delta", "evaluation.")
 KIND = "generator.kind"  # the one setting that decides which others there are
+ROUNDING = 1e-9  # a third of a GPU, written down, is a little less or more
 
 
 class Algorithm(Strict):
@@ -50,10 +51,51 @@ class Resources(Strict):
     """What each trial may use."""
 
     cpu: float = Field(default=1, gt=0, le=1024)
+    gpu: float = Field(default=0, ge=0, le=1024, description="a part of one GPU, or whole ones")
+    slots: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description="trials that share one process; 0: as many as fit in a GPU, on CPUs one",
+    )
     concurrency: int = Field(default=0, ge=0, description="trials at the same time; 0: as many as fit")
     price_per_hour: float | None = Field(
         default=None, ge=0, description="of all machines together, in any currency; for the estimate of --dry-run"
     )
+
+    @model_validator(mode="after")
+    def _fits_gpus(self) -> "Resources":
+        if self.gpu > 1 and self.gpu % 1:
+            raise ValueError(f"gpu={self.gpu:g} must be at most 1, or a whole number")
+        if self.gpu and self.slots > self._per_gpu:
+            raise ValueError(
+                f"slots={self.slots} must be at most {self._per_gpu}, the trials that have a place on one GPU; "
+                f"set gpu to {1 / self.slots:.4g} or less, or leave slots out"
+            )
+        return self
+
+    @property
+    def device(self) -> str:
+        """Where trials are trained."""
+        return "cuda" if self.gpu else "cpu"
+
+    @property
+    def sharing(self) -> int:
+        """Trials that share one process, 1 where each has its own."""
+        return self.slots or (self._per_gpu if self.gpu else 1)
+
+    def fit_in(self, cpus: float, gpus: float) -> int:
+        """Trials that a node has room for at a time."""
+        fit = math.floor(cpus / self.cpu + ROUNDING)
+        if self.gpu > 1:
+            return min(fit, math.floor(gpus / self.gpu))
+        if self.gpu:
+            return min(fit, math.floor(gpus) * self._per_gpu)
+        return min(fit, self.sharing) if self.sharing > 1 else fit
+
+    @property
+    def _per_gpu(self) -> int:
+        return max(1, math.floor(1 / self.gpu + ROUNDING))
 
 
 class SelectionConfig(Strict):

@@ -5,13 +5,14 @@ from typing import Any
 
 from ray import tune
 
+from dpsink.config import Performance
 from dpsink.data import load_dataset
 from dpsink.records import Report
 from dpsink.training import read_result, train, use_threads
 from tune.folder import StudyFolder
 
 
-def run_trial(config: dict[str, Any]) -> None:
+def run_trial(config: dict[str, Any], device: str = "cpu") -> None:
     """Trains one trial of a study folder, from its last checkpoint if it has one, reporting to Tune.
 
     Tune's own checkpoints are not used: the run folder is the durable record, as for `dpsink train`.
@@ -19,19 +20,22 @@ def run_trial(config: dict[str, Any]) -> None:
     Args:
         config: `folder` of the study, name of the `trial`, `data_root`, `threads`; absolute paths, since Ray
             changes a worker's working directory.
+        device: `cpu`, or `cuda` for the GPU that Ray has given this process.
     """
     folder = StudyFolder(Path(config["folder"]))
     record = folder.read_trial(config["trial"])
-    use_threads(config["threads"])
+    performance = Performance(device=device, threads=config["threads"])
+    use_threads(performance.threads)  # for the data, too
     run = folder.run(record.name)
     ended = read_result(run)
     if ended is not None:  # the process died between the last checkpoint and its report
-        tune.report(_flat(ended))
+        tune.report(flat(ended))
         return
     data = load_dataset(record.config.data, root=Path(config["data_root"]))
-    for report in train(record.config, data, run):
-        tune.report(_flat(report))
+    for report in train(record.config, data, run, performance=performance):
+        tune.report(flat(report))
 
 
-def _flat(report: Report) -> dict[str, Any]:
+def flat(report: Report) -> dict[str, Any]:
+    """A report as Tune takes it."""
     return {**report.model_dump(exclude={"metrics"}), **report.metrics}

@@ -319,6 +319,13 @@ class Command:
         assert pid in {member for member, _ in self.members}
         os.kill(pid, signal.SIGKILL)
 
+    def kill_all(self) -> None:
+        """kill -9 of all of its processes at once."""
+        for pid, _ in self._alive():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
     def left(self) -> list[str]:
         """Its processes that still run and could touch a study; Ray's agents take their time."""
         names = []
@@ -339,9 +346,7 @@ class Command:
 
     def __exit__(self, *error: object) -> None:
         self.look()
-        for pid, _ in self._alive():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self.kill_all()
         self.process.communicate()
         self.log.close()
 

@@ -34,8 +34,7 @@ from tune.folder import StudyFolder
 from tune.room import LEAST, free_bytes
 
 pytestmark = pytest.mark.slow
-STEPS, POINTS = 500, 10
-SECRET = "open-sesame"
+STEPS, POINTS = 1500, 30
 
 
 class Server:
@@ -95,9 +94,7 @@ class Weather:
     folder: StudyFolder
     seen: dict[str, Seen] = field(default_factory=dict)
     before: dict[str, int] = field(default_factory=dict)  # steps charged when the fault struck
-    steps_without_mlflow: int = 0
     left: list[str] = field(default_factory=list)
-    files: list[Path] = field(default_factory=list)
 
     def note(self, fault: str, command: Command, seconds: float = 0.0) -> None:
         charged = charged_of(self.folder)
@@ -144,11 +141,10 @@ def weather(disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[We
         everything_killed(path, weather)
         with Command(path) as command:
             mlflow_away(command, server, weather)
-            disk_full(command, disk, weather)
+            disk_full(command, server, disk, weather)
         stopped_by_hand(path, weather)
         with Command(path) as command:
             command.process.wait(PATIENCE)
-            command.look()
             weather.note("nothing", command)
         yield weather
     finally:
@@ -188,18 +184,17 @@ def mlflow_away(command: Command, server: Server, weather: Weather) -> None:
     server.kill()
     before = step_of(weather.folder, RUNNER)
     wait_for(lambda: step_of(weather.folder, RUNNER) > before, "a report that MLflow does not get")
-    weather.steps_without_mlflow = step_of(weather.folder, RUNNER) - before
-    server.start()
     weather.note("MLflow away", command)
 
 
-def disk_full(command: Command, disk: Path, weather: Weather) -> None:
+def disk_full(command: Command, server: Server, disk: Path, weather: Weather) -> None:
     ballast = disk / "ballast"
     weather.before["disk full"] = charged_of(weather.folder)
     ballast.write_bytes(bytes(free_bytes(disk) - LEAST // 64))
     command.process.wait(PATIENCE)
     weather.note("disk full", command)
     ballast.unlink()
+    server.start()
 
 
 def stopped_by_hand(path: Path, weather: Weather) -> None:
@@ -213,3 +208,60 @@ def stopped_by_hand(path: Path, weather: Weather) -> None:
         command.process.wait(PATIENCE)
         weather.note("Ctrl-C", command, time.monotonic() - started)
         weather.left = command.left()
+
+
+FAULTS = ("memory monitor", "all killed", "MLflow away", "disk full", "Ctrl-C")
+
+
+def test_a_memory_monitor_that_kills_all_workers_stops_the_study_and_fails_no_trial(weather: Weather) -> None:
+    seen = weather.seen["memory monitor"]
+    assert seen.code == 1
+    assert "a node ran out of memory" in seen.words.splitlines()[-1]
+    assert set(seen.states.values()) == {None}
+
+
+def test_a_full_disk_stops_the_study_in_one_line_and_fails_no_trial(weather: Weather) -> None:
+    seen = weather.seen["disk full"]
+    assert seen.code == 1
+    assert "is full" in (line := seen.words.splitlines()[-1])
+    assert "run the same command again to go on" in line
+    assert seen.states[RUNNER] is None
+    assert "Traceback" not in seen.words
+
+
+def test_a_study_goes_on_while_mlflow_is_away_and_says_so_once(weather: Weather) -> None:
+    told = weather.seen["disk full"].words
+    assert "the study goes on" in " ".join(told.split())
+    assert told.count("is lost") == 1
+
+
+def test_ctrl_c_ends_a_sweep_within_ten_seconds(weather: Weather) -> None:
+    seen = weather.seen["Ctrl-C"]
+    assert seen.code == 130
+    assert seen.seconds < 10
+    assert weather.left == []
+
+
+def test_no_step_is_taken_off_the_ledger_by_any_fault(weather: Weather) -> None:
+    charged = [weather.seen[fault].charged for fault in FAULTS]
+    assert charged == sorted(charged)
+    assert all(weather.before[fault] <= weather.seen[fault].charged for fault in weather.before)
+    assert all(weather.seen[fault].step <= weather.seen[fault].charged for fault in FAULTS)
+
+
+def test_every_trial_completes_once_after_all(weather: Weather) -> None:
+    assert weather.seen["nothing"].code == 0
+    assert states(weather.folder) == dict.fromkeys(TRIALS, "completed")
+    for name in TRIALS:
+        charged = charged_steps(weather.folder.run(name) / "ledger")
+        assert step_of(weather.folder, name) <= charged <= weather.folder.read_trial(name).steps
+
+
+def test_mlflow_has_each_trial_once_finished_with_each_report_once(weather: Weather) -> None:
+    assert statuses(weather.folder) == dict.fromkeys(TRIALS, "FINISHED")
+    assert study_status(weather.folder) == "FINISHED"
+    client = connect(weather.folder.read_study().tracking_uri)
+    for run in runs_of(weather.folder):
+        history = client.get_metric_history(run.info.run_id, schema.EPSILON)
+        reports = weather.folder.reports(run.data.tags[schema.TRIAL_ID_TAG])
+        assert [(point.step, point.value) for point in history] == [(one.step, one.epsilon) for one in reports]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import psutil
+
 from dpsink.config import TrialConfig
 from dpsink.data import default_root
 from dpsink.errors import InputError
@@ -140,7 +142,8 @@ class Preflight:
         blind = [node.name for node in self._cluster if self._token not in node.tokens]
         if blind:
             raise InputError(
-                f"storage {self.study.storage.absolute()} is not seen by {', '.join(blind)}; set a folder that all nodes share"
+                f"storage {self.study.storage.absolute()} is not seen by {', '.join(blind)}; "
+                "set a folder that all nodes share"
             )
         return f"every node sees {self.study.storage.absolute()}"
 
@@ -168,7 +171,7 @@ class Preflight:
         return footprint(
             Sketch(
                 config=self._largest, shape=data.train.shape, num_classes=data.train.num_classes,
-                records=len(data.train), others=others,
+                records=len(data.train), others=others, limit=int(0.8 * psutil.virtual_memory().available),
             )
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import Any
 from dpsink.privacy.accounts import StudyAccounts
 from tune.board import Board, ledger_line
 from tune.choice import chosen_trials, judge_once
-from tune.folder import SessionEnd, StudyFolder, TrialEnd
+from tune.folder import SessionEnd, StudyFolder
 from tune.preflight import StudyPlan
 from tune.room import NoRoom, told_when_full
 from tune.search import StudySearcher
@@ -94,12 +94,11 @@ class Session:
 
     def failed(self, name: str, error: str) -> None:
         """A trial's process failed for good."""
-        self.work.end_trial(name, TrialEnd(state="failed", error=error))
-        self.changed(name)
+        self.searcher.finish(name, failed=True, error=error)
 
     def spared(self, name: str) -> None:
         """A trial was given up for what is no fault of its own: it has not ended."""
-        self.work.forget_end(name)
+        log.warning("%s is to be run again: its machine gave it up", name)
 
     def changed(self, name: str) -> None:
         """A trial is about to start, or has ended."""

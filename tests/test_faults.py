@@ -22,16 +22,22 @@ from dpsink.privacy.budget import charged_steps
 from tests.test_sweep import (
     PATIENCE,
     RUNNER,
+    TRIALS,
     Command,
     attempts,
     folder_of,
+    runs_of,
     states,
+    statuses,
     step_of,
+    study_status,
     wait_for,
     write_study,
 )
+from tune import schema
 from tune.folder import StudyFolder
 from tune.room import LEAST, free_bytes
+from tune.tracking import connect
 
 pytestmark = pytest.mark.slow
 STEPS, POINTS = 1500, 30

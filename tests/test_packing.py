@@ -21,9 +21,9 @@ import yaml
 from pydantic import ValidationError
 from ray import tune
 
-from dpsink.checkpoint import latest_checkpoint, read_state
 from dpsink.config import TrialConfig, load_config
 from dpsink.privacy.budget import charged_steps
+from dpsink.records import latest_checkpoint, read_state
 from tune import cluster, schema
 from tune.cluster import TooLarge
 from tune.folder import StudyFolder

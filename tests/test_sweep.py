@@ -336,6 +336,13 @@ class Command:
         assert pid in {member for member, _ in self.members}
         os.kill(pid, signal.SIGKILL)
 
+    def kill_all(self) -> None:
+        """kill -9 of all of its processes at once."""
+        for pid, _ in self._alive():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
     def left(self) -> list[str]:
         """Its processes that still run and could touch a study; Ray's agents take their time."""
         names = []
@@ -356,9 +363,7 @@ class Command:
 
     def __exit__(self, *error: object) -> None:
         self.look()
-        for pid, _ in self._alive():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        self.kill_all()
         self.process.communicate()
         self.log.close()
 
@@ -606,7 +611,7 @@ def test_a_study_of_several_objectives_and_seeds_ends_with_its_front(
     outcome = run_study(load_study(path))
     document = summarise(outcome, load_study(path))
     assert len(document["trials"]) == 6
-    assert [run["label"] for run in document["runs"]][0] == "control (2 seeds)"
+    assert document["runs"][0]["label"] == "control (2 seeds)"
     assert outcome.record.objectives == tuple(objectives)
     best = document["runs"][-1]
     told = [outcome.folder.reports(name)[-1].metrics["accuracy_logreg"] for name in best["trials"]]

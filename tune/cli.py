@@ -1,6 +1,10 @@
-"""`dpsink-tune sweep · status · track · schema`: hyperparameter studies from a shell."""
+"""`dpsink-tune sweep · check · status · ui · track · schema`: hyperparameter studies from a shell."""
 
+import os
+import signal
 import time
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,12 +44,12 @@ def sweep(
     if dry_run:
         _show_forecast(study, data_root, as_json)
         return
-    from tune.room import DiskFull
+    from tune.room import NoRoom
     from tune.sweep import run_study
 
     try:
         outcome = run_study(study, data_root=data_root, retry_failed=retry_failed)
-    except DiskFull as full:  # before a trial could start
+    except NoRoom as full:  # before a trial could start
         console.fail(str(full), console.FAILED)
     from tune.summary import print_summary, summarise
 
@@ -111,6 +115,34 @@ def track(
 
 
 @app.command()
+def check(
+    study_file: Annotated[Path, typer.Argument(help="YAML of the study")],
+    data_root: DataRoot = None,
+    address: Annotated[str | None, typer.Option(help="of a Ray cluster; default: this machine alone")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find out what would stop a study before it is started; exit code 2 where something would."""
+    from tune.study import load_study
+
+    console.set_up_logging()
+    study = load_study(study_file)
+    from tune.check import Preflight, look
+    from tune.nodes import cluster
+
+    preflight, findings = Preflight(study, data_root), []
+    with cluster(address):
+        for finding in look((*preflight.quick(), *preflight.thorough())):
+            findings.append(finding)
+            if not as_json:
+                mark = "ok     " if finding.ok else "problem"
+                console.out.print(f"{mark}  {finding.name + ':':<15} {finding.text}", markup=False, soft_wrap=True)
+    if as_json:
+        console.print_json([asdict(finding) for finding in findings])
+    if problems := sum(not finding.ok for finding in findings):
+        console.fail(f"{problems} of {len(findings)} checks found a problem", console.BAD_INPUT)
+
+
+@app.command()
 def status(
     study: StudyArgument,
     watch: Annotated[bool, typer.Option("--watch", help="look again every two seconds until the sweep ends")] = False,
@@ -130,6 +162,28 @@ def status(
             live.update(picture(now), refresh=True)
     else:
         console.out.print(picture(reader.read()), soft_wrap=True)
+
+
+@app.command()
+def ui(
+    study: Annotated[str | None, typer.Argument(metavar="[STUDY]", help="its file, folder or name")] = None,
+) -> None:
+    """Open MLflow's pages about a study: starts its server on this machine, prints the links, ends with Ctrl-C."""
+    from tune.status import STORAGE, find_folder
+    from tune.ui import serving, study_links
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the server too
+    folder = find_folder(study) if study else None
+    default = f"sqlite:///{Path(STORAGE).absolute()}/mlflow.db"
+    uri = folder.read_study().tracking_uri if folder else os.environ.get("MLFLOW_TRACKING_URI") or default
+    with serving(uri) as server:
+        shown = study_links(folder, server, uri) if folder else {"studies": f"{server}/#/experiments"}
+        for name, link in shown.items():
+            console.out.print(f"{name + ':':<8} {link}", markup=False, soft_wrap=True)
+        if uri.startswith("sqlite:"):
+            console.err.print("Ctrl-C ends the server", markup=False)
+            with suppress(KeyboardInterrupt):
+                signal.pause()
 
 
 if __name__ == "__main__":

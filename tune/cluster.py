@@ -25,11 +25,12 @@ from dpsink import console
 from dpsink.errors import InputError
 from tune.folder import StudyFolder
 from tune.packing import Packing, closing_engines, run_packed
-from tune.room import require_room
+from tune.room import FULL, NoRoom, require_room
 from tune.search import StudySearcher
 from tune.study import Study
 from tune.trainable import run_trial
 
+NO_MEMORY = "a node ran out of memory; a lower resources.concurrency needs less"
 WORKER_RETRIES = 2  # of one trial whose process died
 
 
@@ -60,6 +61,10 @@ class Listener(Protocol):
         """A trial failed for good."""
         ...
 
+    def spared(self, name: str) -> None:
+        """A trial was given up for what is no fault of its own: it is to be run again."""
+        ...
+
 
 class _Relay(tune.Callback):
     """Passes Tune's events on in our own vocabulary."""
@@ -80,10 +85,17 @@ class _Relay(tune.Callback):
         self.listener.progressed(trial.config["trial"], result)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.listener.recovered(trial.config["trial"], _last_line(trial))
+        self.listener.recovered(trial.config["trial"], _reason(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.listener.failed(trial.config["trial"], _last_line(trial))
+        name, reason = trial.config["trial"], _reason(trial)
+        if reason == NO_MEMORY:
+            self.listener.spared(name)
+            raise NoRoom(NO_MEMORY)
+        if any(os.strerror(number) in reason for number in FULL):
+            self.listener.spared(name)
+            raise NoRoom(f"the disk of {self.place} is full ({reason}); make room")
+        self.listener.failed(name, reason)
 
 
 class _Stopper(FIFOScheduler):
@@ -111,7 +123,7 @@ def run_on_ray(study: Study, folder: StudyFolder, searcher: StudySearcher, liste
         Interrupted: Ctrl-C or SIGTERM.
         Crashed: Ray fell over; what had ended by then is in the study folder.
         TooLarge: a trial would wait for ever.
-        DiskFull: the study's disk has no room left.
+        NoRoom: the study's disk is full, or a node's memory is too small for its trials.
     """
     try:
         fitting = _start(study)
@@ -119,7 +131,7 @@ def run_on_ray(study: Study, folder: StudyFolder, searcher: StudySearcher, liste
         with console.stop_on_signals() as should_stop, engines:  # after Ray has set handlers of its own
             _tuner(study, folder, searcher, _Relay(listener, should_stop, folder.path), trainable, fitting).fit()
     except (tune.TuneError, RayError) as error:
-        raise Crashed(_last_words(error)) from None
+        raise Crashed(NO_MEMORY if _is_memory(error) else _last_words(error)) from None
     finally:
         ray.shutdown()
 
@@ -189,8 +201,15 @@ def _refuse_too_large(name: str, wanted: float, there: float, what: str) -> None
         raise TooLarge(f"resources.{name}={wanted:g} must be at most the {there:g} {what} of a node; lower it")
 
 
-def _last_line(trial: Any) -> str:
-    return _last_words(trial.get_error()) or "the trial's process died"
+def _reason(trial: Any) -> str:
+    """Why a trial's process ended, in one line."""
+    error = trial.get_error()
+    return NO_MEMORY if _is_memory(error) else _last_words(error) or "the trial's process died"
+
+
+def _is_memory(error: Any) -> bool:
+    """Whether Ray's memory monitor has ended something; its own words fill a page."""
+    return "OutOfMemoryError" in str(error) or "running low on memory" in str(error)
 
 
 def _last_words(error: Any) -> str:

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from dpsink import console
-from dpsink.checkpoint import latest_checkpoint, read_state
 from dpsink.config import ConvCondConfig, EvaluationConfig, Performance, TrialConfig
 from dpsink.data import ImageData, LabelledImages
 from dpsink.privacy.plan import PrivacyPlan
+from dpsink.records import latest_checkpoint, read_state
 from dpsink.training import train
 from tune.preflight import StudyPlan, check_study
 from tune.space import active

@@ -1,4 +1,4 @@
-"""Room on the disk: a study that runs out of it stops, and goes on when there is some."""
+"""Room on a disk or in memory: a study that runs out of it stops, and goes on when there is some."""
 
 import errno
 import shutil
@@ -12,8 +12,8 @@ LEAST = 32 * 2**20  # bytes: below, a study stops while it can still say where i
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class DiskFull(BaseException):
-    """A disk has no room left. No Exception: Ray would take it for a trial's failure."""
+class NoRoom(BaseException):
+    """A disk is full, or a node's memory. No Exception: Ray would take it for a trial's failure."""
 
 
 def free_bytes(place: Path) -> int:
@@ -22,17 +22,17 @@ def free_bytes(place: Path) -> int:
 
 
 def require_room(place: Path) -> None:
-    """Raises DiskFull where there is hardly any room left."""
+    """Raises NoRoom where there is hardly any room left."""
     if (free := free_bytes(place)) < LEAST:
-        raise DiskFull(f"the disk of {place} is full ({free / 2**20:.0f} MiB left); make room")
+        raise NoRoom(f"the disk of {place} is full ({free / 2**20:.0f} MiB left); make room")
 
 
 @contextmanager
 def told_when_full(place: Path) -> Iterator[None]:
-    """Turns the system's error about a full disk, or a quota, into `DiskFull`."""
+    """Turns the system's error about a full disk, or a quota, into `NoRoom`."""
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise DiskFull(f"the disk of {place} is full ({error.strerror}); make room") from None
+        raise NoRoom(f"the disk of {place} is full ({error.strerror}); make room") from None

@@ -47,10 +47,8 @@ class SealedSession(Session):
     def recovered(self, name: str, error: str) -> None:
         """A trial goes on: nobody is told."""
 
-    def failed(self, name: str, error: str) -> None:
-        """A trial failed, and counts as the worst: nobody is told."""
-        self.work.end_trial(name, TrialEnd(state="failed", error=error))
-        self.changed(name)
+    def spared(self, name: str) -> None:
+        """A trial is to be run again: nobody is told."""
 
     def changed(self, name: str) -> None:
         """A trial is about to start, or has ended: the witness is told."""

@@ -111,10 +111,12 @@ class StudySearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Ray's message that a trial has ended; settles the ledger and tells Optuna."""
         name = self.names.get(trial_id)
-        if name is not None:
+        if name is None:
+            return
+        if not error:  # of a failure the session hears too, with the reason, and whose fault it was
             with told_when_full(self.folder.path):
-                self.finish(name, failed=error)
-            self._running.discard(name)
+                self.finish(name, failed=False)
+        self._running.discard(name)
 
     def save(self, checkpoint_path: str) -> None:
         """Leaves a word where Ray expects its copy of the searcher: ours is the study folder."""

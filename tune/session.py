@@ -1,7 +1,6 @@
 """One session of a study: the searcher, the board and the tracker around Ray."""
 
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,9 @@ from typing import Any
 from dpsink.privacy.accounts import StudyAccounts
 from tune.board import Board, ledger_line
 from tune.choice import chosen_trials, judge_once
-from tune.folder import SessionEnd, StudyFolder, TrialEnd
+from tune.folder import SessionEnd, StudyFolder
 from tune.preflight import StudyPlan
-from tune.room import FULL, DiskFull, told_when_full
+from tune.room import NoRoom, told_when_full
 from tune.search import StudySearcher
 from tune.study import Study
 from tune.tracking import MLflowTracker
@@ -63,7 +62,7 @@ class Session:
                 if not self.interrupted and not self.searcher.unfinished:
                     self._conclude()
                     self.finished = True
-        except DiskFull as full:
+        except NoRoom as full:
             self.problem = str(full)
 
     def close(self) -> dict[str, Any]:
@@ -71,7 +70,7 @@ class Session:
         try:
             with told_when_full(self.folder.path):
                 self._write_end()
-        except DiskFull as full:
+        except NoRoom as full:
             self.problem = str(full)
         self.tracker.poke()
         state = "completed" if self.finished else "interrupted"
@@ -94,12 +93,12 @@ class Session:
         log.warning("%s goes on from its checkpoint: %s", name, error)
 
     def failed(self, name: str, error: str) -> None:
-        """A trial's process failed for good, unless that was the disk's fault."""
-        if any(os.strerror(number) in error for number in FULL):
-            self.work.forget_end(name)
-            raise DiskFull(f"the disk of {self.folder.path} is full ({name}: {error}); make room")
-        self.work.end_trial(name, TrialEnd(state="failed", error=error))
-        self.changed(name)
+        """A trial's process failed for good."""
+        self.searcher.finish(name, failed=True, error=error)
+
+    def spared(self, name: str) -> None:
+        """A trial was given up for what is no fault of its own: it has not ended."""
+        log.warning("%s is to be run again: its machine gave it up", name)
 
     def changed(self, name: str) -> None:
         """A trial is about to start, or has ended."""
@@ -146,7 +145,8 @@ class Session:
         return self.interrupted or not self.searcher.unfinished
 
     def _crashed(self, error: str) -> None:
-        log.warning("Ray fell over: %s", error)
+        self.problem = f"Ray fell over ({error})"
+        log.warning(self.problem)
 
     def _make_work(self) -> StudyFolder:
         return self.folder

@@ -1,4 +1,4 @@
-"""How a study stands, from its folder alone: while it runs, after a kill, at its end. Nothing here waits for imports."""
+"""How a study stands, from its folder alone: while it runs, after a kill, at its end. Imports nothing that is slow."""
 
 import shlex
 import time
@@ -80,14 +80,14 @@ class Status:
         return f"{name} is not running: {self.problem or 'its process was killed'}"
 
     @property
-    def next_command(self) -> str:
+    def next_step(self) -> str:
         """What to type."""
         place = shlex.quote(_shown_path(self.folder.path))
         if self.holder:
             return f"dpsink-tune ui {place}" if not self.sealed else f"dpsink-tune status {place}"
         if self.finished:
             return f"dpsink-analysis best {place}"
-        return f"dpsink-tune sweep {shlex.quote(_shown_path(self.folder.path / 'study.yaml'))}"
+        return "the `dpsink-tune sweep` command that started it goes on with it"
 
     def board(self) -> Board:
         """The table of the trials, as the sweep's own terminal shows it."""
@@ -171,7 +171,7 @@ def picture(status: Status) -> Group:
         f"folder:  {status.folder.path}",
         f"runs:    {schema.shown_uri(record.tracking_uri)}",
     ]
-    lines.append(f"next:    {status.next_command}")
+    lines.append(f"next:    {status.next_step}")
     below = Text("\n".join(lines), overflow="fold")
     if status.sealed:
         sealed = "sealed until its winner is known"
@@ -192,7 +192,7 @@ def document(status: Status) -> dict[str, Any]:
         "study_epsilon": status.statement.get("study_epsilon"),
         "folder": str(status.folder.path),
         "tracking_uri": schema.shown_uri(record.tracking_uri),
-        "next": status.next_command,
+        "next": status.next_step,
     }
     if status.sealed:
         return told

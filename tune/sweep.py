@@ -1,6 +1,5 @@
 """Runs a study: preflight, privacy accounts, a session of trials. Resumes by itself."""
 
-import os
 import time
 import uuid
 from dataclasses import dataclass
@@ -8,18 +7,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dpsink.data import default_root
+import yaml
+
+from dpsink.config import read_yaml
 from dpsink.errors import InputError
 from dpsink.privacy.accounts import StudyAccounts
 from dpsink.privacy.storage import DamagedLedger
+from tune.check import Preflight
 from tune.choice import select_best
 from tune.folder import StudyFolder, StudyRecord, TrialRecord
 from tune.lock import only_one
-from tune.preflight import StudyPlan, check_storage, check_study
-from tune.room import require_room
+from tune.preflight import StudyPlan
 from tune.session import Session
 from tune.study import Study
-from tune.tracking import MLflowTracker, check_tracking
+from tune.tracking import MLflowTracker, tracking_uri
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,10 @@ def run_study(study: Study, *, data_root: Path | None = None, retry_failed: bool
     folder = StudyFolder(study.storage.absolute() / study.name)
     if study.sealed and retry_failed:
         raise InputError("--retry-failed goes against release_best: there a failed trial counts as the worst; drop it")
-    plan = check_study(study, data_root)
-    if not folder.exists:
-        plan.terms.worst_case()  # refuses what cannot be promised
-    check_storage(folder.path)
-    require_room(folder.path)
-    check_tracking(folder.read_study().tracking_uri if folder.exists else tracking_uri(study))
+    preflight = Preflight(study, data_root)
+    for check in preflight.quick():
+        check.run()
+    plan = preflight.plan
     # Until here nothing is written: a study that is refused leaves nothing behind.
     with only_one(folder):
         record = _open_study(study, folder, plan)
@@ -61,7 +60,7 @@ def run_study(study: Study, *, data_root: Path | None = None, retry_failed: bool
         if folder.selected:
             return _after_selection(study, folder, record, started)
         with open_accounts(study, folder, plan) as accounts:
-            session = _make_session(study, folder, plan, accounts, (data_root or default_root()).absolute())
+            session = _make_session(study, folder, plan, accounts, preflight.data_root)
             try:
                 session.run()
             finally:
@@ -147,22 +146,21 @@ def _open_study(study: Study, folder: StudyFolder, plan: StudyPlan) -> StudyReco
     return record
 
 
-def tracking_uri(study: Study) -> str:
-    """Where the study is tracked: its file, else MLflow's environment variable, else sqlite in its storage."""
-    default = f"sqlite:///{study.storage.absolute()}/mlflow.db"
-    return study.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
-
-
 def _check_same_study(study: Study, folder: StudyFolder, plan: StudyPlan) -> StudyRecord:
     record = folder.read_study()
     if record.data_fingerprint != plan.data.fingerprint:
         raise InputError(f"study {study.name}: the data are not those it was started on; give it another name")
-    if (folder.path / "study.yaml").read_text(encoding="utf-8") != study.to_yaml():
+    if _lasting(read_yaml(folder.path / "study.yaml")) != _lasting(yaml.safe_load(study.to_yaml())):
         raise InputError(
             f"study {study.name}: its settings differ from {folder.path / 'study.yaml'}, with which it was "
             "started; give it another name, or the old settings"
         )
     return record
+
+
+def _lasting(tree: dict[str, Any]) -> dict[str, Any]:
+    """A study file without what may change between two sessions: a study that needs too much can be given less."""
+    return {key: value for key, value in tree.items() if key != "resources"}
 
 
 def _forget_failures(folder: StudyFolder) -> None:

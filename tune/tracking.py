@@ -28,6 +28,8 @@ from dpsink.privacy.plan import NON_PRIVATE
 from dpsink.records import CheckpointState, Report, latest_state
 from tune import schema
 from tune.folder import StudyFolder, TrialEnd, TrialRecord
+from tune.links import trials_of, where
+from tune.study import Study
 
 if TYPE_CHECKING:  # its import takes seconds
     from mlflow import MlflowClient
@@ -40,6 +42,12 @@ FIRST_PAUSE, LONGEST_PAUSE = 1.0, 15.0  # seconds between attempts during an out
 PAGE = 200  # runs asked for at once
 LARGEST_GRID = 100 * 1024  # bytes; more would make the runs table slow
 LARGEST_TAG = 8000  # characters, of MLflow
+
+
+def tracking_uri(study: Study) -> str:
+    """Where the study is tracked: its file, else MLflow's environment variable, else sqlite in its storage."""
+    default = f"sqlite:///{study.storage.absolute()}/mlflow.db"
+    return study.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or default
 
 
 def check_tracking(uri: str) -> None:
@@ -183,7 +191,7 @@ class Mirror:
         found: dict[str, Shown] = {}
         token = None
         while token != "":
-            query = _query(self._identity(schema.KIND_TRIAL))
+            query = trials_of(self.record.study_id)
             page = self.client.search_runs([self._experiment], query, max_results=PAGE, page_token=token)
             found |= {run.data.tags[schema.TRIAL_ID_TAG]: Shown.of(run) for run in page}
             token = page.token or ""
@@ -206,7 +214,7 @@ class Mirror:
         return {schema.KIND_TAG: kind, schema.STUDY_ID_TAG: self.record.study_id}
 
     def _find(self, identity: Mapping[str, str]) -> Shown | None:
-        found = self.client.search_runs([self._experiment], _query(identity), max_results=1)
+        found = self.client.search_runs([self._experiment], where(identity), max_results=1)
         return Shown.of(found[0]) if found else None
 
     def _create(
@@ -491,10 +499,6 @@ def _artifact_location(uri: str) -> str | None:
     """Beside an sqlite database, whatever the current directory is; None leaves it to the server."""
     path = schema.sqlite_file(uri)
     return (path.resolve().parent / "mlflow-artifacts").as_uri() if path else None
-
-
-def _query(tags: Mapping[str, str]) -> str:
-    return " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items())
 
 
 def _space(folder: StudyFolder) -> str:

@@ -1,0 +1,201 @@
+"""What has to hold before a study starts: one list of checks. `sweep` makes the quick ones, `check` all of them."""
+
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import psutil
+
+from dpsink.config import TrialConfig
+from dpsink.data import default_root
+from dpsink.errors import InputError
+from tune.folder import StudyFolder
+from tune.footprint import Footprint, Sketch, footprint
+from tune.nodes import Node, ask_nodes, versions
+from tune.preflight import StudyPlan, check_storage, check_study
+from tune.room import LEAST, NoRoom, free_bytes, require_room
+from tune.schema import shown_uri
+from tune.study import Study
+from tune.tracking import check_tracking, tracking_uri
+
+TRIAL_BYTES = 2**20  # of a trial beside its weights: samples, reservations, records, Ray's files
+MIB, GIB = 2**20, 2**30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that has to hold; `run` says what it found, or raises InputError or NoRoom."""
+
+    name: str
+    run: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found."""
+
+    name: str
+    ok: bool
+    text: str
+
+
+def look(checks: Iterable[Check]) -> Iterator[Finding]:
+    """Makes checks one by one; a problem does not end the others."""
+    for check in checks:
+        try:
+            yield Finding(check.name, True, check.run())
+        except (InputError, NoRoom) as problem:
+            yield Finding(check.name, False, str(problem))
+
+
+class Preflight:
+    """The checks of a study. No private record is used."""
+
+    def __init__(self, study: Study, data_root: Path | None) -> None:
+        self.study, self.data_root = study, (data_root or default_root()).absolute()
+        self.folder = StudyFolder(study.storage.absolute() / study.name)
+
+    @cached_property
+    def plan(self) -> StudyPlan:
+        """What the study will do; raises InputError where that cannot be."""
+        return check_study(self.study, self.data_root)
+
+    def quick(self) -> tuple[Check, ...]:
+        """Those that a sweep begins with: nothing is written, nothing is started."""
+        return (
+            Check("settings", self._settings),
+            Check("storage", self._storage),
+            Check("tracking", self._tracking),
+        )
+
+    def thorough(self) -> tuple[Check, ...]:
+        """Those that take a while; they need a running Ray."""
+        return (
+            Check("disk", self._disk),
+            Check("nodes", self._nodes),
+            Check("packages", self._packages),
+            Check("data", self._data),
+            Check("shared storage", self._shared),
+            Check("memory", self._memory),
+        )
+
+    def _settings(self) -> str:
+        if not self.folder.exists:
+            self.plan.terms.worst_case()
+        return f"{self.plan.data.name}, N = {len(self.plan.data.train):,}; the budget affords every trial"
+
+    def _storage(self) -> str:
+        check_storage(self.folder.path)
+        require_room(self.folder.path)
+        return f"{self.folder.path} can be written"
+
+    def _tracking(self) -> str:
+        uri = self.folder.read_study().tracking_uri if self.folder.exists else tracking_uri(self.study)
+        check_tracking(uri)
+        return f"{shown_uri(uri)} answers"
+
+    def _disk(self) -> str:
+        trials = len(self.study.baselines) + self.study.algorithm.trials
+        need = LEAST + trials * (TRIAL_BYTES + self._footprint.checkpoint)
+        free = free_bytes(self.folder.path)
+        if need > free:
+            raise InputError(
+                f"the disk of {self.folder.path} has {free / GIB:.1f} GiB left, and {trials} trials may need "
+                f"{need / GIB:.1f}; make room, or set another storage"
+            )
+        return f"{free / GIB:.1f} GiB are free, {trials} trials need at most {need / GIB:.2g}"
+
+    def _nodes(self) -> str:
+        cpu, fitting = self.study.resources.cpu, sum(self._at_once(node) for node in self._cluster)
+        if not fitting:
+            most = max((node.cpus for node in self._cluster), default=0)
+            raise InputError(f"resources.cpu={cpu:g} must be at most the {most:g} CPUs of the largest node")
+        wanted = self.study.resources.concurrency
+        if wanted > fitting:
+            raise InputError(f"resources.concurrency={wanted} must be at most {fitting}, what fits at a time; lower it")
+        return f"{len(self._cluster)} with room for {fitting} trials at a time"
+
+    def _packages(self) -> str:
+        ours = versions()
+        for node in self._cluster:
+            for name, version in ours.items():
+                if node.versions[name] != version:
+                    raise InputError(
+                        f"{name} is {node.versions[name]} on {node.name}, here {version}; make them the same"
+                    )
+        return ", ".join(f"{name} {ours[name]}" for name in ("python", "torch", "ray", "dpsink")) + " everywhere"
+
+    def _data(self) -> str:
+        for node in self._cluster:
+            if node.problem:
+                raise InputError(f"on {node.name}: {node.problem}")
+            if node.fingerprint != self.plan.data.fingerprint:
+                raise InputError(
+                    f"the data on {node.name} are not those here; copy them, and of private data the key of their "
+                    "fingerprint too, to every node"
+                )
+        return "the same on every node"
+
+    def _shared(self) -> str:
+        blind = [node.name for node in self._cluster if self._token not in node.tokens]
+        if blind:
+            raise InputError(
+                f"storage {self.study.storage.absolute()} is not seen by {', '.join(blind)}; "
+                "set a folder that all nodes share"
+            )
+        return f"every node sees {self.study.storage.absolute()}"
+
+    def _memory(self) -> str:
+        need = self._footprint.memory
+        for node in self._cluster:
+            at_once = self._at_once(node)
+            if need * at_once > node.free_memory:
+                fit = node.free_memory // need
+                raise InputError(
+                    f"{at_once} trials at a time need {need * at_once / GIB:.1f} GiB on {node.name}, which has "
+                    f"{node.free_memory / GIB:.1f}; set resources.concurrency to {fit} a node, or make trials smaller"
+                )
+        return f"a trial takes up to {need / MIB:,.0f} MiB while it trains"
+
+    def _at_once(self, node: Node) -> int:
+        """Trials that a node may get at a time."""
+        fitting = int(node.cpus // self.study.resources.cpu)
+        return min(fitting, self.study.resources.concurrency or fitting)
+
+    @cached_property
+    def _footprint(self) -> Footprint:
+        data = self.plan.data
+        others = len(data.test) + (len(data.validation) if data.validation else 0)
+        return footprint(
+            Sketch(
+                config=self._largest, shape=data.train.shape, num_classes=data.train.num_classes,
+                records=len(data.train), others=others, limit=int(0.8 * psutil.virtual_memory().available),
+            )
+        )  # fmt: skip
+
+    @cached_property
+    def _largest(self) -> TrialConfig:
+        """A trial that is large in every direction of the space."""
+        return self.study.configure({path: max(space.extremes, key=_size) for path, space in self.study.space.items()})
+
+    @cached_property
+    def _cluster(self) -> list[Node]:
+        """All nodes, asked while a token lies in the storage."""
+        storage = self.study.storage.absolute()
+        storage.mkdir(parents=True, exist_ok=True)
+        token = storage / self._token
+        token.touch()
+        try:
+            return ask_nodes(self._largest.data, self.data_root, storage)
+        finally:
+            token.unlink()
+
+    @cached_property
+    def _token(self) -> str:
+        return f".token-{secrets.token_hex(8)}"
+
+
+def _size(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0

@@ -226,14 +226,9 @@ class StudySearcher(Searcher):
     def _make_record(
         self, label: str, role: Any, config: TrialConfig, params: dict[str, Any], number: int | None
     ) -> TrialRecord:
-        """A configuration's first trial with its derived plan; raises InputError where the budget allows no step."""
-        plan = derive_plan(config, self.records)
-        return TrialRecord(
-            name=self._name(label, 0), role=role, config=config, params=params, number=number,
-            config_id=config_id(config), configuration=label if self.study.seeds > 1 else None,
-            steps=plan.steps, sample_rate=plan.sample_rate, noise_multiplier=plan.noise_multiplier,
-            score_noise=plan.score_noise, score_releases=plan.score_releases,
-        )  # fmt: skip
+        """A configuration's first trial."""
+        first = make_record(self._name(label, 0), role, config, self.records, params, number)
+        return first.model_copy(update={"configuration": label}) if self.study.seeds > 1 else first
 
     def _start(self, record: TrialRecord) -> TrialRecord | None:
         """Records and admits a trial; one without room is held as long as others, which may leave some, run."""
@@ -293,6 +288,18 @@ class StudySearcher(Searcher):
 
     def _known(self) -> set[str]:
         return {record.name for record in self.folder.trials()}
+
+
+def make_record(
+    name: str, role: Any, config: TrialConfig, records: int, params: dict[str, Any], number: int | None
+) -> TrialRecord:
+    """A trial with its derived plan; raises InputError where the budget allows no step."""
+    plan = derive_plan(config, records)
+    return TrialRecord(
+        name=name, role=role, config=config, params=params, number=number, config_id=config_id(config),
+        steps=plan.steps, sample_rate=plan.sample_rate, noise_multiplier=plan.noise_multiplier,
+        score_noise=plan.score_noise, score_releases=plan.score_releases,
+    )  # fmt: skip
 
 
 def config_id(config: TrialConfig) -> str:

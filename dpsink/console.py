@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -55,7 +55,7 @@ def _explain_usage(message: str) -> None:
     fail(f"{message} See --help.", BAD_INPUT)
 
 
-def fail(message: str, code: int) -> None:
+def fail(message: str, code: int) -> NoReturn:
     """Prints one line on stderr and exits."""
     err.print(f"error: {message}" if code == BAD_INPUT else message, markup=False, soft_wrap=True)
     sys.exit(code)

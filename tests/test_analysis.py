@@ -39,7 +39,7 @@ BASELINES = [
 ]
 GOOD = [
     Fake("sharp", metrics={"fid": 20.0, "accuracy": 0.7}, test={"fid": 21.0, "accuracy": 0.69}),
-    Fake("useful", metrics={"fid": 40.0, "accuracy": 0.8}, state="stopped_early", overrides=("optimizer.lr=2e-4",)),
+    Fake("useful", metrics={"fid": 40.0, "accuracy": 0.8}, overrides=("optimizer.lr=2e-4",)),
 ]
 BAD = {
     "failed": Fake("a-failed", state="failed", error="out of memory"),
@@ -51,6 +51,7 @@ BAD = {
     "with another FID extractor": Fake("g-inception", overrides=("evaluation.extractor=inception",)),
     "without its objective": Fake("h-blind", metrics={"accuracy": math.nan}),
     "without epsilon": Fake("i-silent", epsilons=()),
+    "stopped early": Fake("j-stopped", state="stopped_early", metrics={"fid": 1.0, "accuracy": 0.99}),
 }
 
 
@@ -342,7 +343,7 @@ def test_best_prints_the_comparison_and_the_reasons(
     assert command("best", "digits", "--tracking-uri", database) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    assert "4 of 13 runs accepted" in printed.out
+    assert "4 of 14 runs accepted" in printed.out
     assert "above the target epsilon" in printed.out
     assert "whole study ε ≤ 31.416" in printed.out
     assert (tmp_path / "exports" / "digits" / "best-fid").is_dir()

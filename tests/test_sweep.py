@@ -78,6 +78,11 @@ def write_study(root: Path, name: str, *, steps: int = 20, points: int = 2, tria
     return path
 
 
+def without_control(path: Path) -> Study:
+    """A study whose account is as small as its search: a control spends its whole target."""
+    return load_study(path).model_copy(update={"baselines": {}})
+
+
 def folder_of(path: Path) -> StudyFolder:
     study = load_study(path)
     return StudyFolder(study.storage / study.name)
@@ -669,8 +674,8 @@ def test_the_ledger_ends_a_study_and_the_summary_says_so(
     root: Path, inline: Callable[..., Inline], capsys: pytest.CaptureFixture[str]
 ) -> None:
     inline()
-    path = write_study(root, "bounded", steps=4, points=1, trials=6, baselines={}, ledger={"study_epsilon": 0.3})
-    study = load_study(path)
+    path = write_study(root, "bounded", steps=4, points=1, trials=6, ledger={"study_epsilon": 0.3})
+    study = without_control(path)
     outcome = run_study(study)
     print_summary(summarise(outcome, study))
     assert outcome.finished
@@ -698,7 +703,7 @@ def test_a_study_on_private_validation_images_costs_the_larger_of_its_accounts(
 ) -> None:
     inline()
     trial = noisy_trial(steps=4, score_noise=5)
-    outcome = run_study(load_study(write_study(root, "noisy", trials=3, trial=trial, baselines={})))
+    outcome = run_study(without_control(write_study(root, "noisy", trials=3, trial=trial)))
     training = planned_epsilon([TrialCost(100 / 1437, 3.0, 4)] * 3, 5e-5, adaptive=False)
     scores = planned_epsilon([TrialCost(1.0, 5.0, 2)] * 3, 5e-5, adaptive=False)
     assert outcome.statement["study_epsilon"] == scores == outcome.statement["spent"]
@@ -710,8 +715,8 @@ def test_scores_on_private_validation_images_end_a_study(root: Path, inline: Cal
     """The training of all six would fit."""
     inline()
     trial = noisy_trial(steps=4, score_noise=5)
-    path = write_study(root, "loud", trials=6, trial=trial, baselines={}, ledger={"study_epsilon": 1.8})
-    outcome = run_study(load_study(path))
+    path = write_study(root, "loud", trials=6, trial=trial, ledger={"study_epsilon": 1.8})
+    outcome = run_study(without_control(path))
     assert outcome.finished and outcome.ended_early
     assert 1 <= len(states(outcome.folder)) < 6
     assert outcome.statement["spent"] <= 1.8

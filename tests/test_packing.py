@@ -74,8 +74,12 @@ def attempts(folder: StudyFolder, name: str) -> int:
     return len(list((folder.run(name) / "ledger").glob("[0-9][0-9][0-9][0-9][0-9][0-9].json")))
 
 
+def reservations(folder: StudyFolder, name: str) -> int:
+    return len(list((folder.run(name) / "ledger").glob("*-*-*.json")))
+
+
 def has_reserved(folder: StudyFolder, name: str) -> bool:
-    return any((folder.run(name) / "ledger").glob("*-*-*.json"))
+    return reservations(folder, name) > 0
 
 
 def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
@@ -157,7 +161,8 @@ def test_no_step_is_charged_before_the_report_has_found_its_answer(tmp_path: Pat
     token = engine.join("a")
     engine.join("b")
     ask(engine, "a", token)
-    wait_for(lambda: has_reserved(folder, "b") and charged(folder, "b") > 20, "its neighbour to go on")
+    before = reservations(folder, "b")
+    wait_for(lambda: reservations(folder, "b") > before + 2, "its neighbour to go on")
     assert charged(folder, "a") == 3
     assert ask(engine, "a", token, 3).values["step"] == 6
 
@@ -283,6 +288,12 @@ def test_engine_without_a_lease_ends_itself_and_one_with_a_lease_does_not(tmp_pa
     assert not engine.died.is_set()
     engine.leave("a", token)
     assert engine.died.wait(10)
+
+
+def test_engine_that_evaluates_for_long_is_not_idle(tmp_path: Path, start: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("dpsink.training.evaluate", lambda *_, **__: time.sleep(1) or {})
+    engine = start(study_of(tmp_path, a=[]), idle_seconds=0.3)
+    assert follow(engine, "a")[-1]["status"] == "completed"
 
 
 # What a study may ask for.

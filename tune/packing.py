@@ -390,7 +390,7 @@ class GpuEngine:
             try:
                 done.set_result(task())
             except Exception as error:
-                log.exception("a trial could not be stopped; what it had reserved stays charged")
+                log.exception("a trial was not stopped cleanly; what it had reserved stays charged")
                 done.set_exception(error)
 
     def _let_leases_run_out(self) -> None:
@@ -399,11 +399,13 @@ class GpuEngine:
             for lease in list(self._leases.values()):
                 if now - lease.renewed > self.packing.lease_seconds:
                     self._end(lease)
-            if self._leases or self._notes:
-                self._used = now
 
     def _idle(self) -> bool:
-        return time.monotonic() - self._used > self.packing.idle_seconds
+        now = time.monotonic()
+        with self._changed:
+            if self._leases or self._notes:
+                self._used = now
+        return now - self._used > self.packing.idle_seconds
 
     def _start(self, lease: _Lease, config: "TrialConfig", data: "ImageData") -> None:
         """Opens a trial's run folder; in this thread, because it may draw from torch's own generator."""

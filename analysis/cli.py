@@ -84,17 +84,15 @@ def best(
     """
     from analysis import selection
     from analysis.export import default_folder
-    from analysis.tables import guarantee, in_title, print_configurations, print_rejected
+    from analysis.runs import rows_of
+    from analysis.tables import guarantee, print_configurations, print_rejected
 
     runs = _load(studies, tracking_uri)
-    limits = {"epsilon": epsilon, "where": where or ()}
     rules = _rules(runs, by, weights)
-    ranked = [selection.best(runs, by or (), weights=weights, **limits) if by or weights else
-              selection.best(runs, rule.metrics, **limits) for rule in rules]  # fmt: skip
+    ranked = [selection.ranked_by(runs, rule, epsilon=epsilon, where=where or ()) for rule in rules]
     columns = [Column(row["trial"].removeprefix("baseline-"), row) for row in selection.baselines(runs)]
-    columns += [
-        Column(in_title(rule), selection.select_best(runs, rule, **limits), rule) for rule in rules
-    ]  # fmt: skip
+    for rule, table in zip(rules, ranked, strict=True):
+        columns.append(Column(f"best by {rule.title}", selection.run_of(runs, rows_of(table.head(1))[0], rule), rule))
     written = _export(runs, columns, out or default_folder(runs), force, csv)
     _write_table(ranked[0], csv, force)
     control = list(dict.fromkeys(selection.control_in_words(runs, one.run) for one in columns if one.rule))
@@ -103,7 +101,7 @@ def best(
         return
     print_rejected(runs)
     for rule, table in zip(rules, ranked, strict=True):
-        title = f"\n{in_title(rule)}: {min(top, len(table))} of {len(table)} configurations"
+        title = f"\nbest by {rule.title}: {min(top, len(table))} of {len(table)} configurations"
         print_configurations(table.head(top), rule.metrics, title, "rank")
     console.out.print()
     _print_comparison(runs, _merged(columns))
@@ -218,7 +216,7 @@ def evaluate_top(
     runs = _load(studies, tracking_uri)
     _check_targets(force, plot)
     use_threads(threads)
-    with _progress("judging") as told:
+    with _progress("judging") as told, _told_to_go_on():
         found = verdict.evaluate_top(
             runs, by or (), weights=weights, epsilon=epsilon, where=where or (), top=top, seeds=seeds, samples=samples,
             out=out, data_root=data_root, inception_weights=inception_weights, force=force, on_progress=told,
@@ -315,6 +313,14 @@ def _progress(what: str) -> "Iterator[OnProgress]":
         yield tell
 
 
+@contextmanager
+def _told_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.fail("interrupted; what is measured is kept: the same command goes on", console.INTERRUPTED)
+
+
 # `best`.
 
 
@@ -351,8 +357,8 @@ def _merged(columns: Sequence[Column]) -> list[Column]:
 
 
 def _export(runs: "Runs", columns: Sequence[Column], out: Path, force: bool, *others: Path | None) -> list[Path]:
-    """Writes the chosen runs and the picture; looks at all targets before it writes the first."""
-    from analysis.export import export_run
+    """Writes the chosen runs and the picture; looks at all sources and targets before it writes the first."""
+    from analysis.export import checkpoint_of, export_run
     from analysis.figures import comparison_figure
     from analysis.tables import guarantee
 
@@ -360,6 +366,8 @@ def _export(runs: "Runs", columns: Sequence[Column], out: Path, force: bool, *ot
     folders = {rule: out / f"best-{rule.slug}" for rule in chosen}
     picture = out / COMPARISON
     _check_targets(force, *folders.values(), picture, *others)
+    for run in chosen.values():
+        checkpoint_of(run)
     for rule, run in chosen.items():
         export_run(runs, run, folders[rule], selected_by=rule.title, force=force)
     panels = {column.title: column.run for column in _merged(columns)}

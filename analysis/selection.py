@@ -39,7 +39,11 @@ def best(
     Raises:
         InputError: nothing to compare, an unknown metric, a condition that none meets.
     """
-    rule = rule_of(runs, by, weights)
+    return ranked_by(runs, rule_of(runs, by, weights), epsilon=epsilon, where=where)
+
+
+def ranked_by(runs: Runs, rule: Rule, *, epsilon: float | None = None, where: Sequence[str] = ()) -> pd.DataFrame:
+    """As `best`, by a rule that has been read."""
     ranked = ordered(meeting(configurations(runs), where, epsilon), rule)
     ranked.insert(0, "rank", range(1, len(ranked) + 1))
     return ranked
@@ -95,8 +99,7 @@ def comparable(runs: Runs, role: str | None = None) -> pd.DataFrame:
 
 def select_best(runs: Runs, rule: Rule, *, epsilon: float | None = None, where: Sequence[str] = ()) -> Row:
     """The run to take: of the best configuration, the seed that is best by the same rule."""
-    ranked = ordered(meeting(configurations(runs), where, epsilon), rule)
-    return run_of(runs, rows_of(ranked.head(1))[0], rule)
+    return run_of(runs, rows_of(ranked_by(runs, rule, epsilon=epsilon, where=where).head(1))[0], rule)
 
 
 def run_of(runs: Runs, configuration: Row, rule: Rule) -> Row:

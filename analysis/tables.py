@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.export import check_target, drafted
-from analysis.rules import Rule, called
+from analysis.rules import called
 from analysis.runs import Row, Runs, rows_of
 from analysis.selection import SE, SHOWN
 from dpsink import console
@@ -97,8 +97,3 @@ def plain(value: Any) -> Any:
     """A cell for JSON; NaN is null, and numpy's numbers are Python's."""
     value = value.item() if hasattr(value, "item") else value
     return None if value != value else value
-
-
-def in_title(rule: Rule) -> str:
-    """`best by FID`."""
-    return f"best by {rule.title}"

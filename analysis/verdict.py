@@ -23,7 +23,7 @@ from scipy import stats
 from analysis.export import checkpoint_of, default_folder, drafted
 from analysis.rules import Rule, called
 from analysis.runs import Row, Runs, rows_of
-from analysis.selection import best, rule_of, run_of
+from analysis.selection import ranked_by, rule_of, run_of
 from dpsink.errors import InputError
 from dpsink.records import read_json, write_atomically
 from tune import schema
@@ -77,7 +77,7 @@ def evaluate_top(
     place = out or default_folder(runs) / "evaluate-top"
     if (place / RESULT).exists() and not force:
         raise InputError(f"{place / RESULT}: exists; choose another --out, or --force to replace it")
-    ranked = best(runs, by, weights=weights, epsilon=epsilon, where=where)
+    ranked = ranked_by(runs, rule, epsilon=epsilon, where=where)
     chosen, skipped = _generators(runs, rows_of(ranked.head(top)), rule)
     jobs = [_Job(row, checkpoint, FIRST_SEED + seed, samples) for seed in range(seeds) for row, checkpoint in chosen]
     measured = []

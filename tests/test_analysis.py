@@ -9,8 +9,10 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -355,3 +357,97 @@ def test_the_package_is_a_command() -> None:
     asked = subprocess.run([sys.executable, "-m", "analysis", "--help"], capture_output=True, text=True)
     assert (asked.returncode, asked.stderr) == (0, "")
     assert "best" in asked.stdout
+
+
+def test_best_by_a_rule_is_exported_under_its_name(database: str, tmp_path: Path) -> None:
+    result = call_best(database, tmp_path / "out", "--by", "accuracy:0.2", "--by", "fid", "--json")
+    document = json.loads(result.stdout)
+    assert document["runs"][-1]["selected_by"] == "accuracy within 0.2, then FID"
+    assert document["runs"][-1]["trial"] == "sharp"
+    assert document["written"][0] == str(tmp_path / "out" / "best-accuracy-fid")
+
+
+def test_best_says_how_it_compares_with_the_control(database: str, tmp_path: Path) -> None:
+    printed = call_best(database, tmp_path / "out", study="digits").stdout
+    assert "study 'digits' has no class-mean control at this ε" in printed  # none of its generators is one
+
+
+def test_several_studies_are_selected_from_with_all_their_promises(database: str, tmp_path: Path) -> None:
+    arguments = ["best", "digits", "ties", "--by", "fid", "--tracking-uri", database, "--out", str(tmp_path / "out")]
+    printed = CliRunner().invoke(app, arguments, standalone_mode=False).stdout
+    assert "digits+ties: 8 of 20 runs accepted" in printed
+    assert "digits: each trial ε ≤ 10, whole study ε ≤ 31.416" in printed
+    assert "together, by basic composition: ε ≤ 62.832, δ ≤ 2e-05" in printed  # twice 31.4159
+
+
+def test_a_winner_whose_files_are_gone_ends_the_command_before_it_writes(database: str, tmp_path: Path) -> None:
+    place = shutil.copytree(study_folder(database, "ties").parent, tmp_path / "copy")
+    uri = f"sqlite:///{place}/mlflow.db"
+    moved = study_folder(database, "ties").rename(tmp_path / "ties")
+    try:
+        result = call_best(uri, tmp_path / "out", study="ties")
+    finally:
+        moved.rename(study_folder(database, "ties"))
+    assert isinstance(result.exception, InputError)
+    assert "files of trial b are not at" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_lists_what_was_set_apart_and_writes_all(
+    database: str, command: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert command("runs", "hopeless", "--tracking-uri", database, "--csv", "runs.csv") == 0
+    assert "set apart: 2 unfinished, 1 diverged" in capsys.readouterr().out
+    assert list(pd.read_csv(tmp_path / "runs.csv")["reason"]) == ["diverged", "unfinished", "unfinished"]
+
+
+@pytest.mark.parametrize("word", ["best", "pareto", "importance", "evaluate-top"])
+def test_every_command_ends_with_code_2_where_all_runs_are_rejected(
+    word: str, database: str, command: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert command(word, "hopeless", "--tracking-uri", database) == 2
+    assert "all 3 runs are rejected: 2 unfinished, 1 diverged" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("best", "digits", "--by", "fid", "--weights", "fid=-1"), "not both"),
+        (("best", "digits", "--where", "acuracy>0"), "did you mean 'accuracy'"),
+        (("best", "digits", "--epsilon", "0.1"), "leaves none of 2 configurations: epsilon lies in [9.5, 9.5]"),
+        (("pareto", "digits", "--metric", "fid"), "two or three"),
+        (("pareto", "digits", "--reference", "fid"), "METRIC=NUMBER"),
+        (("importance", "digits"), "needs 5 configurations, it has 2"),
+        (("evaluate-top", "digits", "--by", "test_fid"), "may not select"),
+        (("best", "digits", "nothing"), "study 'nothing' is not in"),
+    ],
+)
+def test_bad_input_is_told_and_writes_nothing(
+    words: tuple[str, ...],
+    told: str,
+    database: str,
+    command: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    assert command(*words, "--tracking-uri", database) == 2
+    printed = capsys.readouterr()
+    assert told in printed.err and printed.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("word", "option"), [("runs", "--csv"), ("pareto", "--csv"), ("pareto", "--plot")])
+def test_no_table_or_picture_is_overwritten_without_force(
+    word: str, option: str, database: str, command: Callable[..., int], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.png").write_text("mine")
+    assert command(word, "digits", "--tracking-uri", database, option, "mine.png") == 2
+    assert (tmp_path / "mine.png").read_text() == "mine"
+    assert command(word, "digits", "--tracking-uri", database, option, "mine.png", "--force") == 0
+    assert (tmp_path / "mine.png").read_bytes() != b"mine"
+
+
+def test_a_study_s_name_is_no_path(runs: Runs) -> None:
+    evil = Runs((replace(runs.study, name="../../etc/passwd"),), runs.tracking_uri, runs.table)
+    assert export.default_folder(evil) == Path("exports/__.._etc_passwd")

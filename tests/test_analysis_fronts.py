@@ -41,7 +41,7 @@ def runs(empty_database: tuple[Path, str], tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("metrics", [2, 3])
 def test_the_front_is_what_optuna_calls_best(metrics: int) -> None:
     losses = np.random.default_rng(metrics).integers(0, 6, size=(60, metrics)).astype(float)  # with ties
-    study = optuna.create_study(directions=["minimize"] * metrics)
+    study = optuna.create_study(directions=[optuna.study.StudyDirection.MINIMIZE] * metrics)
     study.add_trials(optuna.create_trial(values=list(point)) for point in losses)
     assert set(np.flatnonzero(non_dominated(losses))) == {trial.number for trial in study.best_trials}
 
@@ -117,5 +117,5 @@ def test_metrics_that_make_no_front_are_refused(
 def test_the_picture_shows_every_configuration(runs: Runs, metrics: tuple[str, ...]) -> None:
     figure = pareto_figure(pareto(runs, metrics))
     axes = figure.axes[0]
-    assert sum(len(points.get_offsets()) for points in axes.collections) == len(POINTS)
+    assert sum(np.shape(points.get_offsets())[0] for points in axes.collections) == len(POINTS)
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("FID", "accuracy")

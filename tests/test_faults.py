@@ -41,6 +41,7 @@ from tune.tracking import connect
 
 pytestmark = pytest.mark.slow
 STEPS, POINTS = 1500, 30
+PASSWORD = "open-sesame-and-nobody-else"
 
 
 class Server:
@@ -138,6 +139,9 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def weather(disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Weather]:
     """A study that had all of it, and was then let finish."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MLFLOW_TRACKING_USERNAME", "somebody")
+    patch.setenv("MLFLOW_TRACKING_PASSWORD", PASSWORD)
     server = Server(tmp_path_factory.mktemp("server"))
     server.start()
     path = write_study(disk, "weather", steps=STEPS, points=POINTS, tracking={"uri": server.uri})
@@ -155,6 +159,7 @@ def weather(disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[We
         yield weather
     finally:
         server.kill()
+        patch.undo()
 
 
 def underway(weather: Weather) -> None:
@@ -271,3 +276,10 @@ def test_mlflow_has_each_trial_once_finished_with_each_report_once(weather: Weat
         history = client.get_metric_history(run.info.run_id, schema.EPSILON)
         reports = weather.folder.reports(run.data.tags[schema.TRIAL_ID_TAG])
         assert [(point.step, point.value) for point in history] == [(one.step, one.epsilon) for one in reports]
+
+
+def test_a_password_of_mlflow_is_written_nowhere(weather: Weather) -> None:
+    files = [path for path in weather.folder.path.parent.rglob("*") if path.is_file()]
+    assert len(files) > 50
+    assert not [path for path in files if PASSWORD.encode() in path.read_bytes()]
+    assert not any(PASSWORD in seen.words for seen in weather.seen.values())

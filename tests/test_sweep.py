@@ -367,6 +367,8 @@ class Command:
         return self
 
     def __exit__(self, *error: object) -> None:
+        if error[0] is not None:  # for whoever reads why a test has failed
+            print(self.errors(), file=sys.stderr)
         self.look()
         self.kill_all()
         self.process.communicate()

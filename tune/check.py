@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import psutil
-
 from dpsink.config import TrialConfig
 from dpsink.data import default_root
 from dpsink.errors import InputError
@@ -15,12 +13,12 @@ from tune.folder import StudyFolder
 from tune.footprint import Footprint, Sketch, footprint
 from tune.nodes import Node, ask_nodes, versions
 from tune.preflight import StudyPlan, check_storage, check_study
-from tune.room import LEAST, NoRoom, free_bytes, require_room
+from tune.room import LEAST, NoRoom, free_bytes, free_memory, require_room
 from tune.schema import shown_uri
 from tune.study import Study
 from tune.tracking import check_tracking, tracking_uri
 
-TRIAL_BYTES = 2**20  # of a trial beside its weights: samples, reservations, records, Ray's files
+TRIAL_BYTES = 2**20  # of a trial beside its checkpoint: reservations, records, Ray's files
 MIB, GIB = 2**20, 2**30
 
 
@@ -98,7 +96,7 @@ class Preflight:
 
     def _disk(self) -> str:
         trials = len(self.study.baselines) + self.study.algorithm.trials
-        need = LEAST + trials * (TRIAL_BYTES + self._footprint.checkpoint)
+        need = LEAST + trials * (TRIAL_BYTES + self._footprint.files)
         free = free_bytes(self.folder.path)
         if need > free:
             raise InputError(
@@ -171,7 +169,7 @@ class Preflight:
         return footprint(
             Sketch(
                 config=self._largest, shape=data.train.shape, num_classes=data.train.num_classes,
-                records=len(data.train), others=others, limit=int(0.8 * psutil.virtual_memory().available),
+                records=len(data.train), others=others, limit=int(0.8 * free_memory()),
             )
         )  # fmt: skip
 

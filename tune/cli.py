@@ -6,7 +6,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.live import Live
@@ -17,6 +17,7 @@ from dpsink.commands.options import DataRoot, Json
 if TYPE_CHECKING:  # it takes seconds
     from tune.study import Study
 
+LogLevel = Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="what is told beside the table")]
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="a study's YAML file, folder or name")]
 WATCH_SECONDS = 2.0
 
@@ -34,12 +35,13 @@ def sweep(
     data_root: DataRoot = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="run failed trials again")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="tell what it would run, cost and take; no more")] = False,
+    log_level: LogLevel = "info",
     as_json: Json = False,
 ) -> None:
     """Run a study. To resume it, run the same command again."""
     from tune.study import load_study
 
-    console.set_up_logging()
+    console.set_up_logging(log_level)
     study = load_study(study_file)
     if dry_run:
         _show_forecast(study, data_root, as_json)
@@ -98,6 +100,7 @@ def schema() -> None:
 def track(
     study_folder: Annotated[Path, typer.Argument(help="folder of the study")],
     tracking_uri: Annotated[str | None, typer.Option(help="MLflow; default: the study's own")] = None,
+    log_level: LogLevel = "info",
 ) -> None:
     """Rebuild a study's runs in MLflow from its folder; safe to repeat."""
     from tune.folder import StudyFolder
@@ -105,7 +108,7 @@ def track(
     from tune.schema import shown_uri
     from tune.tracking import rebuild
 
-    console.set_up_logging()
+    console.set_up_logging(log_level)
     folder = StudyFolder(study_folder)
     record = folder.read_study()
     uri = tracking_uri or record.tracking_uri

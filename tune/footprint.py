@@ -3,10 +3,16 @@
 import resource
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpsink.config import Strict, TrialConfig
 from dpsink.errors import InputError
+
+if TYPE_CHECKING:  # it takes seconds
+    from dpsink.data import LabelledImages
 
 STEPS = 2
 
@@ -24,10 +30,10 @@ class Sketch(Strict):
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a trial takes, in bytes: memory of its process at most, and of its checkpoint."""
+    """What a trial takes, in bytes: memory of its process at most, and on the disk."""
 
     memory: int
-    checkpoint: int
+    files: int
 
 
 def footprint(sketch: Sketch) -> Footprint:
@@ -47,33 +53,30 @@ def footprint(sketch: Sketch) -> Footprint:
 
 def _measure(sketch: Sketch) -> Footprint:
     """Takes steps here; the process is used up by that."""
-    import torch
-
-    from dpsink.config import Performance
-    from dpsink.data import LabelledImages
-    from dpsink.engine import Trial, initial_state, open_stack
-    from dpsink.entropy import OsEntropy
-    from dpsink.privacy.plan import derive_plan
-    from dpsink.training import use_threads
+    resource.setrlimit(resource.RLIMIT_DATA, (sketch.limit, sketch.limit))
+    from dpsink.data import ImageData
+    from dpsink.training import train, use_threads
 
     use_threads(1)
-    resource.setrlimit(resource.RLIMIT_DATA, (sketch.limit, sketch.limit))
+    others = _random_images(sketch, sketch.others)
+    data = ImageData("random", _random_images(sketch, sketch.records), others, others, "random")
+    asked = iter(range(STEPS))
+    with tempfile.TemporaryDirectory() as place:
+        for _ in train(sketch.config, data, Path(place), should_stop=lambda: next(asked, None) is None):
+            pass
+        written = sum(path.stat().st_size for path in Path(place).rglob("*"))
+    return Footprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, written)
 
-    def random_images(count: int) -> LabelledImages:
-        images = torch.randint(0, 256, (count, *sketch.shape), dtype=torch.uint8)
-        return LabelledImages(images, torch.arange(count) % sketch.num_classes, sketch.num_classes)
 
-    data, others = random_images(sketch.records), random_images(sketch.others)
-    state = initial_state(sketch.config, data)
-    stack = open_stack(sketch.config, data, Performance(), 1)
-    stack.join(Trial(sketch.config, derive_plan(sketch.config, len(data)), state, OsEntropy()))
-    for _ in range(STEPS):
-        stack.step()
-    weights = sum(tensor.nbytes for tensor in state.generator.state_dict().values())
-    del others
-    return Footprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, weights + state.moments.nbytes)
+def _random_images(sketch: Sketch, count: int) -> "LabelledImages":
+    import torch
+
+    from dpsink.data import LabelledImages
+
+    images = torch.randint(0, 256, (count, *sketch.shape), dtype=torch.uint8)
+    return LabelledImages(images, torch.arange(count) % sketch.num_classes, sketch.num_classes)
 
 
 if __name__ == "__main__":
     found = _measure(Sketch.model_validate_json(sys.stdin.read()))
-    print(found.memory, found.checkpoint)
+    print(found.memory, found.files)

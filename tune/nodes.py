@@ -9,6 +9,7 @@ from typing import Any
 
 from dpsink.config import DataConfig, Strict
 from dpsink.errors import InputError
+from tune.room import free_memory
 
 PACKAGES = ("dpsink", "torch", "ray", "numpy", "opacus", "dp-accounting", "pydantic", "safetensors")
 PATIENCE = 300.0  # seconds that a node may take to load the data
@@ -84,8 +85,6 @@ def ask_nodes(data: DataConfig, root: Path, storage: Path) -> list[Node]:
 
 def _look_around(data: DataConfig, root: Path, storage: Path) -> dict[str, Any]:
     """What a node can tell; runs there."""
-    import psutil
-
     from dpsink.data import load_dataset
 
     fingerprint, problem = "", ""
@@ -95,7 +94,7 @@ def _look_around(data: DataConfig, root: Path, storage: Path) -> dict[str, Any]:
         problem = str(error)
     return {
         "versions": versions(),
-        "free_memory": psutil.virtual_memory().available,
+        "free_memory": free_memory(),
         "fingerprint": fingerprint,
         "tokens": tuple(path.name for path in storage.glob(".token-*")),
         "problem": problem,

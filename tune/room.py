@@ -1,9 +1,10 @@
 """Room on a disk or in memory: a study that runs out of it stops, and goes on when there is some."""
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from dpsink.disk import nearest_folder
@@ -19,6 +20,14 @@ class NoRoom(BaseException):
 def free_bytes(place: Path) -> int:
     """What is free where a folder is, or will be."""
     return shutil.disk_usage(nearest_folder(place)).free
+
+
+def free_memory() -> int:
+    """Bytes that this machine's memory has left for new processes; all that it has where the system does not tell."""
+    with suppress(OSError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def require_room(place: Path) -> None:

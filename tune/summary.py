@@ -51,7 +51,7 @@ def print_summary(document: dict[str, Any]) -> None:
         out.print(f"ended early: {document['ended_early']}", markup=False, soft_wrap=True)
     out.print(f"time:    {document['seconds']:.0f} s", markup=False)
     out.print(f"folder:  {document['folder']}", markup=False, soft_wrap=True)
-    out.print(f"runs:    mlflow server --backend-store-uri {document['tracking_uri']}", markup=False, soft_wrap=True)
+    out.print(f"runs:    dpsink-tune ui {_shell_path(document['folder'])}", markup=False, soft_wrap=True)
     out.print(f"next:    dpsink-analysis best {_shell_path(document['folder'])}", markup=False, soft_wrap=True)
 
 

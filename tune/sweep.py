@@ -1,5 +1,6 @@
 """Runs a study: preflight, privacy accounts, a session of trials. Resumes by itself."""
 
+import logging
 import time
 import uuid
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from tune.preflight import StudyPlan
 from tune.session import Session
 from tune.study import Study
 from tune.tracking import MLflowTracker, tracking_uri
+
+log = logging.getLogger("dpsink")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ def run_study(study: Study, *, data_root: Path | None = None, retry_failed: bool
     if study.sealed and retry_failed:
         raise InputError("--retry-failed goes against release_best: there a failed trial counts as the worst; drop it")
     preflight = Preflight(study, data_root)
+    if study.sealed:
+        log.info("working out what the selection may cost, which takes up to half a minute")
     for check in preflight.quick():
         check.run()
     plan = preflight.plan

@@ -56,6 +56,11 @@ def check_tracking(uri: str) -> None:
     Raises:
         InputError: an unknown kind of URI, a server that does not answer, a database that cannot be written.
     """
+    if schema.shown_uri(uri) != uri:
+        raise InputError(
+            f"tracking URI {schema.shown_uri(uri)} must not hold a user or a password, which would be written down; "
+            "put them into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
     if uri.startswith("sqlite:"):
         _check_database(uri)
     elif not uri.startswith(("http://", "https://")):

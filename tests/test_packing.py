@@ -504,10 +504,11 @@ def test_killed_client_is_replaced_and_a_killed_engine_too_and_nothing_is_lost(
     assert [results[name].metrics["status"] for name in names] == ["completed"] * 2
     assert process_of(folder, "a") != before["engine"]
     assert [charged(folder, name) for name in names] == [300, 300]
-    for name in names:
-        told = list(results[name].metrics_dataframe["step"])
-        assert told == sorted(set(told))
-        assert told[-1] == steps_on(folder, name)[-1] > 200
+    told = {name: list(results[name].metrics_dataframe["step"]) for name in names}
+    assert told["b"] == steps_on(folder, "b")
+    # The one report that the killed client had in hand may come a second time: nobody can know whether Tune had it.
+    assert told["a"] == sorted(told["a"]) and len(told["a"]) <= len(set(told["a"])) + 1
+    assert sorted(set(told["a"])) == steps_on(folder, "a")
 
 
 DRIVER = """

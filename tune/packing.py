@@ -6,7 +6,8 @@ all of them in one `dpsink.training.Ensemble`. On a CPU the same engine serves a
 
 - A trial that has reported takes no step before its client has asked for more: a scheduler's word comes first.
 - A client holds a lease, which every question renews. When one dies the lease runs out, and the engine stops the trial
-  cleanly; when Tune starts another in its place, that one takes the lease over, and the old one is refused.
+  cleanly; when Tune starts another in its place, that one takes the lease over, and the old one is refused. The one
+  report that the dead client had in hand is told again, since nobody can know whether Tune had it.
 - When an engine dies its clients make a new one, and each trial goes on from its own checkpoint.
 - An engine ends with its study; or by itself, when nobody has held a lease for a while.
 

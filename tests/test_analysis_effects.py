@@ -49,7 +49,7 @@ def few(database: Path) -> pd.DataFrame:
 def test_the_parameter_that_made_the_difference_stands_first(found: pd.DataFrame) -> None:
     assert found.index[0] == LR
     assert found.loc[LR, "verdict"] == MATTERS
-    assert found.loc[LR, "fanova"] > 0.6
+    assert found["fanova"].tolist()[0] > 0.6
 
 
 def test_a_parameter_that_makes_no_difference_looks_like_chance(found: pd.DataFrame) -> None:
@@ -65,7 +65,7 @@ def test_every_share_lies_in_its_interval(found: pd.DataFrame) -> None:
 
 
 def test_shares_of_the_parameters_and_of_chance_add_up_to_at_most_one(found: pd.DataFrame) -> None:
-    assert found["fanova"].sum() < 1.05  # medians of shares that add up to 1 with the one of chance
+    assert sum(found["fanova"].tolist()) < 1.05  # medians of shares that add up to 1 with the one of chance
 
 
 def test_the_best_at_the_edge_of_the_range_say_widen(found: pd.DataFrame) -> None:

@@ -94,6 +94,8 @@ class Driver:
         """Ray's word that a trial has ended."""
         ray_id = next(ray for ray, trial in self.searcher.names.items() if trial == name)
         self.searcher.on_trial_complete(ray_id, error=error)
+        if error:  # as the session does, when it hears the reason
+            self.searcher.finish(name, failed=True, error="a reason")
 
     def run(
         self, name: str, value: float = 0.5, *, charged: int = STEPS, status: str = "completed", **metrics: float

@@ -54,6 +54,7 @@ class Preflight:
     def __init__(self, study: Study, data_root: Path | None) -> None:
         self.study, self.data_root = study, (data_root or default_root()).absolute()
         self.folder = StudyFolder(study.storage.absolute() / study.name)
+        self._footprint: Footprint | None = None  # of a trial, once it was measured
 
     @cached_property
     def plan(self) -> StudyPlan:
@@ -71,12 +72,12 @@ class Preflight:
     def thorough(self) -> tuple[Check, ...]:
         """Those that take a while; they need a running Ray."""
         return (
-            Check("disk", self._disk),
             Check("nodes", self._nodes),
             Check("packages", self._packages),
             Check("data", self._data),
             Check("shared storage", self._shared),
             Check("memory", self._memory),
+            Check("disk", self._disk),
         )
 
     def _settings(self) -> str:
@@ -95,6 +96,8 @@ class Preflight:
         return f"{shown_uri(uri)} answers"
 
     def _disk(self) -> str:
+        if self._footprint is None:
+            raise InputError("what a trial writes is not known while it cannot be measured; see memory")
         trials = len(self.study.baselines) + self.study.algorithm.trials
         need = LEAST + trials * (TRIAL_BYTES + self._footprint.files)
         free = free_bytes(self.folder.path)
@@ -146,6 +149,7 @@ class Preflight:
         return f"every node sees {self.study.storage.absolute()}"
 
     def _memory(self) -> str:
+        self._footprint = footprint(self._sketch)
         need = self._footprint.memory
         for node in self._cluster:
             at_once = self._at_once(node)
@@ -162,15 +166,13 @@ class Preflight:
         fitting = int(node.cpus // self.study.resources.cpu)
         return min(fitting, self.study.resources.concurrency or fitting)
 
-    @cached_property
-    def _footprint(self) -> Footprint:
+    @property
+    def _sketch(self) -> Sketch:
         data = self.plan.data
         others = len(data.test) + (len(data.validation) if data.validation else 0)
-        return footprint(
-            Sketch(
-                config=self._largest, shape=data.train.shape, num_classes=data.train.num_classes,
-                records=len(data.train), others=others, limit=int(0.8 * free_memory()),
-            )
+        return Sketch(
+            config=self._largest, shape=data.train.shape, num_classes=data.train.num_classes,
+            records=len(data.train), others=others, limit=int(0.8 * free_memory()),
         )  # fmt: skip
 
     @cached_property

@@ -45,6 +45,10 @@ def footprint(sketch: Sketch) -> Footprint:
     command = [sys.executable, "-m", "tune.footprint"]
     done = subprocess.run(command, input=sketch.model_dump_json(), capture_output=True, text=True)
     if done.returncode:
+        if "llocate memory" in done.stderr or "MemoryError" in done.stderr:
+            raise InputError(
+                f"a trial needs more than the {sketch.limit / 2**30:.1f} GiB that are free; make it smaller"
+            )
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise InputError(f"a trial cannot take a step: {last}; make it smaller")
     memory, checkpoint = done.stdout.split()

@@ -53,7 +53,7 @@ def run_study(study: Study, *, data_root: Path | None = None, retry_failed: bool
         raise InputError("--retry-failed goes against release_best: there a failed trial counts as the worst; drop it")
     preflight = Preflight(study, data_root)
     if study.sealed:
-        log.info("working out what the selection may cost, which takes up to half a minute")
+        log.info("working out what the selection may cost: up to half a minute")
     for check in preflight.quick():
         check.run()
     plan = preflight.plan

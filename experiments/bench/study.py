@@ -186,3 +186,7 @@ def _steps_of(seconds: float) -> int:
         for attempt in ("first", "second"):
             reports = list(train(config, load_dataset(config.data), Path(place) / attempt))
     return max(1, round(seconds * reports[-1].steps_per_second))
+
+
+if __name__ == "__main__":
+    main()

@@ -98,7 +98,7 @@ class Preflight:
     def _disk(self) -> str:
         if self._footprint is None:
             raise InputError("what a trial writes is not known while it cannot be measured; see memory")
-        trials = len(self.study.baselines) + self.study.algorithm.trials
+        trials = self.study.trials
         need = LEAST + trials * (TRIAL_BYTES + self._footprint.files)
         free = free_bytes(self.folder.path)
         if need > free:

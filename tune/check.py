@@ -15,6 +15,7 @@ from tune.nodes import Node, ask_nodes, versions
 from tune.preflight import StudyPlan, check_storage, check_study
 from tune.room import LEAST, NoRoom, free_bytes, free_memory, require_room
 from tune.schema import shown_uri
+from tune.space import active
 from tune.study import Study
 from tune.tracking import check_tracking, tracking_uri
 
@@ -109,10 +110,12 @@ class Preflight:
         return f"{free / GIB:.1f} GiB are free, {trials} trials need at most {need / GIB:.2g}"
 
     def _nodes(self) -> str:
-        cpu, fitting = self.study.resources.cpu, sum(self._at_once(node) for node in self._cluster)
+        resources, fitting = self.study.resources, sum(self._at_once(node) for node in self._cluster)
         if not fitting:
-            most = max((node.cpus for node in self._cluster), default=0)
-            raise InputError(f"resources.cpu={cpu:g} must be at most the {most:g} CPUs of the largest node")
+            there = ", ".join(f"{node.name}: {node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in self._cluster)
+            raise InputError(
+                f"resources.cpu={resources.cpu:g} and resources.gpu={resources.gpu:g} fit on no node ({there}); lower them"
+            )
         wanted = self.study.resources.concurrency
         if wanted > fitting:
             raise InputError(f"resources.concurrency={wanted} must be at most {fitting}, what fits at a time; lower it")
@@ -163,7 +166,7 @@ class Preflight:
 
     def _at_once(self, node: Node) -> int:
         """Trials that a node may get at a time."""
-        fitting = int(node.cpus // self.study.resources.cpu)
+        fitting = self.study.resources.fit_in(node.cpus, node.gpus)
         return min(fitting, self.study.resources.concurrency or fitting)
 
     @property
@@ -178,7 +181,8 @@ class Preflight:
     @cached_property
     def _largest(self) -> TrialConfig:
         """A trial that is large in every direction of the space."""
-        return self.study.configure({path: max(space.extremes, key=_size) for path, space in self.study.space.items()})
+        largest = {path: max(space.extremes, key=_size) for path, space in self.study.space.items()}
+        return self.study.configure(active(self.study.space, largest))
 
     @cached_property
     def _cluster(self) -> list[Node]:

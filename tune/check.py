@@ -114,7 +114,8 @@ class Preflight:
         if not fitting:
             there = ", ".join(f"{node.name}: {node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in self._cluster)
             raise InputError(
-                f"resources.cpu={resources.cpu:g} and resources.gpu={resources.gpu:g} fit on no node ({there}); lower them"
+                f"resources.cpu={resources.cpu:g} and resources.gpu={resources.gpu:g} fit on no node ({there}); "
+                "lower them"
             )
         wanted = self.study.resources.concurrency
         if wanted > fitting:

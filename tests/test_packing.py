@@ -545,7 +545,7 @@ def test_study_whose_trials_share_a_process_is_a_study_like_any_other(
         "trial": yaml.safe_load(yaml.safe_dump(small().model_dump(mode="json"))),
         "space": {"optimizer.lr": {"log_uniform": [1e-3, 1e-2]}},
         "algorithm": {"trials": 3},
-        "objective": "accuracy_logreg",
+        "objectives": ["accuracy_logreg"],
         "test_samples": 100,
         "resources": {"slots": 2},
         "storage": str(tmp_path),

@@ -72,7 +72,7 @@ def _write_study(place: Path, trials: int, steps: int) -> Path:
         },
         "space": {"optimizer.lr": {"log_uniform": [1e-3, 1e-2]}},
         "algorithm": {"kind": "random", "trials": trials},
-        "objective": "accuracy_logreg",
+        "objectives": ["accuracy_logreg"],
         "test_samples": 100,
         "resources": {"concurrency": WORKERS},
         "storage": str(place),

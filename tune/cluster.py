@@ -203,8 +203,14 @@ def _refuse_too_large(name: str, wanted: float, there: float, what: str) -> None
 
 def _reason(trial: Any) -> str:
     """Why a trial's process ended, in one line."""
-    error = trial.get_error()
+    error = _latest_failure(trial)
     return NO_MEMORY if _is_memory(error) else _last_words(error) or "the trial's process died"
+
+
+def _latest_failure(trial: Any) -> str:
+    """Ray's text about it, from the driver's own file: the copy in storage, which Ray would read, may come later."""
+    file = Path(trial.error_file) if trial.error_file else None
+    return file.read_text(encoding="utf-8").rpartition("Failure #")[2] if file and file.exists() else ""
 
 
 def _is_memory(error: Any) -> bool:

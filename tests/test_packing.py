@@ -505,10 +505,14 @@ def test_killed_client_is_replaced_and_a_killed_engine_too_and_nothing_is_lost(
     assert process_of(folder, "a") != before["engine"]
     assert [charged(folder, name) for name in names] == [300, 300]
     told = {name: list(results[name].metrics_dataframe["step"]) for name in names}
-    assert told["b"] == steps_on(folder, "b")
-    # The one report that the killed client had in hand may come a second time: nobody can know whether Tune had it.
-    assert told["a"] == sorted(told["a"]) and len(told["a"]) <= len(set(told["a"])) + 1
-    assert sorted(set(told["a"])) == steps_on(folder, "a")
+    for name in names:
+        # A killed engine may have had a durable report that it had not told; the one that a killed client had in hand
+        # may come a second time, since nobody can know whether Tune had it.
+        assert told[name] == sorted(told[name]) and len(told[name]) <= len(set(told[name])) + 1
+        assert (
+            set(told[name]) <= set(steps_on(folder, name)) and len(set(steps_on(folder, name)) - set(told[name])) <= 1
+        )
+        assert steps_on(folder, name) == sorted(set(steps_on(folder, name)))
 
 
 DRIVER = """
@@ -554,7 +558,7 @@ def test_study_whose_trials_share_a_process_is_a_study_like_any_other(
     monkeypatch.setattr(ray, "shutdown", lambda: None)  # the cluster is shared
     outcome = run_study(load_study(tmp_path / "study.yaml"))
     names = [record.name for record in outcome.folder.trials()]
-    assert (outcome.finished, len(names)) == (True, 3)
-    assert [charged(outcome.folder, name) for name in names] == [6, 6, 6]
+    assert (outcome.finished, len(names)) == (True, 4)  # and the control
+    assert [charged(outcome.folder, name) for name in names] == [1, 6, 6, 6]
     assert len({process_of(outcome.folder, name) for name in names}) == 1
     assert engines_of(Packing(outcome.record.study_id, 2)) == []

@@ -65,7 +65,8 @@ def guarantee(runs: Runs) -> str:
     lines = [_promise(runs, index) for index in range(len(runs.studies))]
     if len(lines) == 1:
         return lines[0]
-    told = [study.statement for study in runs.studies]
+    repeated = {study.repeats for study in runs.studies}  # what repeats a study has that one's ε in its own
+    told = [study.statement for study in runs.studies if study.study_id not in repeated]
     if not all("study_epsilon" in one and "study_delta" in one for one in told):
         return "\n".join([*lines, "no claim for the studies together"])
     epsilon, delta = (sum(float(one[name]) for one in told) for name in ("study_epsilon", "study_delta"))

@@ -5,6 +5,7 @@ neither who listens nor what is searched; it is `train_together` for one trial. 
 folder: replayed steps are charged again and drawn with fresh noise.
 """
 
+import copy
 import json
 import logging
 import math
@@ -143,6 +144,7 @@ class Ensemble:
 
     def add(self, run: "TrialRun") -> None:
         """Lets an open run go on, as soon as there is a slot."""
+        run.device = self._performance.device
         self._waiting.append(run)
 
     def remove(self, run: "TrialRun") -> None:
@@ -253,6 +255,7 @@ class TrialRun:
     reports: list[Report] = field(default_factory=list)
     seconds: float = 0.0  # spent in steps, over all attempts
     on_progress: Callable[[Progress], None] = lambda _: None
+    device: str = "cpu"  # where it is evaluated
     stack: Stack | None = None
     slot: int = -1
     granted: int = 0  # steps that are reserved and not yet taken
@@ -427,11 +430,12 @@ class TrialRun:
         if not self.finite:
             return worst_metrics(settings.classifiers, distances=public)
         labels = balanced_labels(settings.samples, reference.num_classes)
-        samples = generate(self.state.generator, labels, num_classes=reference.num_classes, seed=self.config.seed + 1)
+        generator = copy.deepcopy(self.state.generator).to(self.device)
+        samples = generate(generator, labels, num_classes=reference.num_classes, seed=self.config.seed + 1)
         if not public:
             return self._private_scores(samples, reference)
-        extractor = build_extractor(settings.extractor, reference)
-        return evaluate(samples, reference, extractor=extractor, classifiers=settings.classifiers)
+        extractor = build_extractor(settings.extractor, reference, device=self.device)
+        return evaluate(samples, reference, extractor=extractor, classifiers=settings.classifiers, device=self.device)
 
     def _private_scores(self, samples: LabelledImages, reference: LabelledImages) -> dict[str, float]:
         """Noisy accuracies, the only thing that leaves a private validation split; charged before they are drawn."""
@@ -439,7 +443,7 @@ class TrialRun:
         if self.scores is not None and self.scores.reserve(1) == 0:
             # Replays have spent the releases: what was told last stands.
             return self.reports[-1].metrics if self.reports else worst_metrics(names, distances=False)
-        exact = classifier_accuracies(samples, reference, classifiers=names)
+        exact = classifier_accuracies(samples, reference, classifiers=names, device=self.device)
         counts = torch.tensor([exact[f"accuracy_{name}"] * len(reference) for name in names], dtype=torch.float64)
         noisy = release_counts(counts, self.plan.score_noise, self.entropy) / len(reference)
         told = {f"accuracy_{name}": value for name, value in zip(names, noisy.clamp(0, 1).tolist(), strict=True)}

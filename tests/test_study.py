@@ -91,7 +91,7 @@ def test_space_path_of_another_kind_of_generator_does_not_exist(tmp_path: Path) 
 )
 def test_what_trials_have_in_common_is_not_searched(tmp_path: Path, path: str) -> None:
     message = refusal(tmp_path, space={path: {"choice": [100, 180]}})
-    assert f"space path '{path}' must be the same in all trials" in message
+    assert f"path '{path}' must be the same in all trials" in message
 
 
 @pytest.mark.parametrize(
@@ -404,6 +404,7 @@ EVERYTHING: dict[str, dict[str, Any]] = {
         "space": {"sinkhorn.gen_batch_size": {"int": [8, 16]}, "sinkhorn.cost": {"choice": ["l2", "l1"]}}
     },
     "grid": {"algorithm": {"kind": "grid"}, "space": {"optimizer.lr": {"log_uniform": [1e-3, 1e-2], "points": 3}}},
+    "list": {"algorithm": {"kind": "listed", "configurations": [{"optimizer.lr": 0.01}]}, "space": {}},
     "conditions": {
         "space": {
             "sinkhorn.cost": {"choice": ["l2", "l1+l2"]},
@@ -455,6 +456,10 @@ WEIGHT = {"uniform": [1, 3], "when": {"sinkhorn.cost": "l1+l2"}}
 REPORTING = {**SMALL["trial"], "evaluation": {**SMALL["trial"]["evaluation"], "points": 4}}
 
 
+SLOW = {"optimizer.lr": 0.001}
+LISTED: dict[str, Any] = {"kind": "listed", "configurations": [SLOW, {"optimizer.lr": 0.002}]}
+
+
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
@@ -483,6 +488,19 @@ REPORTING = {**SMALL["trial"], "evaluation": {**SMALL["trial"]["evaluation"], "p
         ({**SEALED, "algorithm": {"seeds_per_configuration": 2}}, "seeds_per_configuration must be 1"),
         ({"baselines": {"control": {}}}, "baseline 'control' must be of generator.kind=class_mean"),
         ({"resources": {"price_per_hour": -1}}, "resources.price_per_hour=-1"),
+        ({"algorithm": {"kind": "listed"}, "space": {}}, "must list at least one"),
+        ({"algorithm": LISTED}, "space is for a search"),
+        ({"algorithm": {**LISTED, "trials": 2}, "space": {}}, "algorithm.trials follows from the configurations"),
+        ({"algorithm": {**LISTED, "configurations": [SLOW, SLOW]}, "space": {}}, "configurations must differ"),
+        ({"algorithm": {**LISTED, "kind": "random"}}, "configurations is for algorithm.kind=listed"),
+        (
+            {"algorithm": {**LISTED, "configurations": [{"optimizer.rate": 1}]}, "space": {}},
+            "'optimizer.rate'",
+        ),
+        ({"algorithm": {**LISTED, "configurations": [{"optimizer.lr": -1}]}, "space": {}}, "optimizer.lr=-1"),
+        ({"algorithm": {**LISTED, "configurations": [{"seed": 1}]}, "space": {}}, "path 'seed' is not searched"),
+        ({"algorithm": {**LISTED, "configurations": [{"data.name": "mnist"}]}, "space": {}}, "the same in all trials"),
+        ({"repeats": "studies/other"}, "repeats is for algorithm.kind=listed"),
     ],
 )
 def test_what_does_not_go_together_is_refused(tmp_path: Path, changes: dict[str, Any], rule: str) -> None:
@@ -559,6 +577,15 @@ def test_a_grid_is_planned_point_by_point_and_its_costs_are_fixed(tmp_path: Path
     terms = check_study(load(tmp_path, algorithm={"kind": "grid"}, space=NOISE), None).terms
     assert [cost.noise_multiplier for cost in terms.planned[1:]] == [2, 3, 4]
     assert not terms.adaptive
+
+
+def test_a_list_is_planned_as_it_stands(tmp_path: Path) -> None:
+    listed = [{"privacy.noise_multiplier": 2}, {"privacy.noise_multiplier": 4, "optimizer.lr": 0.01}]
+    study = load(tmp_path, algorithm={"kind": "listed", "configurations": listed}, space={})
+    terms = check_study(study, None).terms
+    assert [cost.noise_multiplier for cost in terms.planned[1:]] == [2, 4]
+    assert not terms.adaptive
+    assert study.searched == ("privacy.noise_multiplier", "optimizer.lr")
 
 
 def test_a_grid_with_a_point_that_affords_no_step_is_refused(tmp_path: Path) -> None:

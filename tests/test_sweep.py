@@ -34,6 +34,7 @@ from tune.cluster import Crashed, Interrupted
 from tune.folder import StudyFolder
 from tune.lock import only_one
 from tune.memory import SearchMemory, open_optuna
+from tune.repeat import repetition
 from tune.study import Study, load_study
 from tune.summary import print_summary, summarise
 from tune.sweep import Outcome, run_study
@@ -285,6 +286,54 @@ def test_a_trial_that_the_scheduler_stops_ends_at_its_report_and_is_charged_no_m
     assert statuses(folder)["trial-0001"] == "FINISHED"
     assert outcome.best
     assert outcome.best.name == "trial-0002"
+
+
+# Once more.
+
+
+@pytest.fixture(scope="module")
+def repeated(finished: tuple[Path, Outcome]) -> Outcome:
+    """The best configuration of the finished study, trained twice more."""
+    return run_study(repetition(str(finished[1].folder.path), top=1, seeds=2))
+
+
+@SLOW
+def test_a_repetition_trains_the_best_configuration_with_each_seed(
+    finished: tuple[Path, Outcome], repeated: Outcome
+) -> None:
+    best, trials = (
+        finished[1].best,
+        [f"{name}-{seed}" for name in ("baseline-control", "trial-0001") for seed in (1, 2)],
+    )
+    assert states(repeated.folder) == dict.fromkeys(trials, "completed")
+    assert best
+    assert {repeated.folder.read_trial(name).config_id for name in trials[2:]} == {best.config_id}
+
+
+@SLOW
+def test_a_repetition_claims_the_first_study_too_and_leaves_it_as_it_was(
+    finished: tuple[Path, Outcome], repeated: Outcome
+) -> None:
+    first, both = finished[1].statement, repeated.statement
+    assert both["earlier"]["epsilon"] == first["study_epsilon"]
+    assert both["study_epsilon"] > first["study_epsilon"] + 10  # two controls of ε 10, and more
+    assert both["study_delta"] == pytest.approx(first["study_delta"] + 5e-5)
+    assert finished[1].folder.statement() == first
+
+
+@SLOW
+def test_mlflow_shows_which_study_is_repeated(finished: tuple[Path, Outcome], repeated: Outcome) -> None:
+    (run,) = runs_of(repeated.folder, schema.KIND_STUDY)
+    assert run.data.tags[schema.REPEATS_TAG] == finished[1].folder.read_study().study_id
+
+
+@SLOW
+def test_a_repetition_asked_for_again_starts_nothing(
+    finished: tuple[Path, Outcome], repeated: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "run_on_ray", lambda *_: pytest.fail("Ray was started"))
+    again = run_study(repetition(str(finished[1].folder.path), top=1, seeds=2))
+    assert (again.finished, again.statement) == (True, repeated.statement)
 
 
 # A storm.

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from dpsink.config import TrialConfig
 from dpsink.data import default_root
@@ -183,7 +184,12 @@ class Preflight:
     def _largest(self) -> TrialConfig:
         """A trial that is large in every direction of the space."""
         largest = {path: max(space.extremes, key=_size) for path, space in self.study.space.items()}
-        return self.study.configure(active(self.study.space, largest))
+        return self.study.configure(self._largest_listed or active(self.study.space, largest))
+
+    @property
+    def _largest_listed(self) -> dict[str, Any]:
+        listed = self.study.algorithm.configurations
+        return max(listed, key=lambda one: sum(map(_size, one.values())), default={})
 
     @cached_property
     def _cluster(self) -> list[Node]:

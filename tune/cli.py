@@ -1,4 +1,4 @@
-"""`dpsink-tune sweep · check · status · ui · track · schema`: hyperparameter studies from a shell."""
+"""`dpsink-tune sweep · repeat · check · status · ui · track · schema`: hyperparameter studies from a shell."""
 
 import os
 import signal
@@ -46,6 +46,35 @@ def sweep(
     if dry_run:
         _show_forecast(study, data_root, as_json)
         return
+    _run(study, data_root, retry_failed, as_json)
+
+
+@app.command()
+def repeat(
+    study: StudyArgument,
+    top: Annotated[int, typer.Option(min=1, help="how many of its best configurations")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="trials of each, and of the control, with fresh noise")] = 3,
+    by: Annotated[str | None, typer.Option(help="metric to rank by; default: its first objective")] = None,
+    name: Annotated[str | None, typer.Option(help="of the new study; default: NAME-repeat")] = None,
+    data_root: DataRoot = None,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="run failed trials again")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="tell what it would run, cost and take; no more")] = False,
+    log_level: LogLevel = "info",
+    as_json: Json = False,
+) -> None:
+    """Train the best of a finished study again, as a study of its own; to resume it, run the same command again."""
+    from tune.repeat import repetition
+
+    console.set_up_logging(log_level)
+    again = repetition(study, top=top, seeds=seeds, by=by, name=name)
+    if dry_run:
+        _show_forecast(again, data_root, as_json)
+    else:
+        _run(again, data_root, retry_failed, as_json)
+
+
+def _run(study: "Study", data_root: Path | None, retry_failed: bool, as_json: bool) -> None:
+    """A session of a study, what came of it, and the exit code."""
     from tune.room import NoRoom
     from tune.sweep import run_study
 

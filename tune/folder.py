@@ -34,6 +34,16 @@ SELECTION = "selection.json"
 OUTCOME = "outcome.json"
 
 
+class Earlier(Strict):
+    """The study whose best configurations another one repeats, as it was when that one began."""
+
+    study_id: str
+    name: str
+    epsilon: float | None = Field(description="of all that it publishes; infinite without privacy, None for no claim")
+    delta: float
+    spent: float
+
+
 class StudyRecord(Strict):
     """Facts of a study that do not change while it runs."""
 
@@ -52,6 +62,7 @@ class StudyRecord(Strict):
     searched: tuple[str, ...] = Field(description="paths of the search space")
     seeds: int = Field(default=1, description="trials of each configuration")
     trials: int | None = Field(default=None, description="that are planned, baselines included; None if secret")
+    repeats: Earlier | None = None
 
 
 class TrialRecord(Strict):

@@ -22,6 +22,7 @@ from dpsink.privacy.plan import PrivacyPlan
 from dpsink.records import latest_checkpoint, read_state
 from dpsink.training import train
 from tune.preflight import StudyPlan, check_study
+from tune.repeat import earlier_study
 from tune.space import active
 from tune.study import Study
 
@@ -58,6 +59,7 @@ def forecast(study: Study, data_root: Path | None) -> dict[str, Any]:
         "study_epsilon": plan.terms.worst_case(),
         "delta": plan.delta,
         "policy": study.ledger.policy,
+        "repeats": earlier_study(study.repeats).model_dump() if study.repeats else None,
         "concurrency": concurrency,
         "seconds": seconds,
         "cost": None if price is None else [second / 3600 * price for second in seconds],
@@ -82,6 +84,8 @@ def print_forecast(document: dict[str, Any]) -> None:
         f"time:    about {_time_text(document['seconds'])}, {document['concurrency']} at a time"
         + (", less what is stopped early" if document["may_stop_early"] else ""),
     ]
+    if document["repeats"] is not None:
+        lines.insert(2, _together(document))
     if document["cost"] is not None:
         lines.append(f"cost:    about {_range_text(document['cost'])}, at resources.price_per_hour")
     if document["seeds_per_configuration"] > 1:
@@ -97,7 +101,19 @@ def print_forecast(document: dict[str, Any]) -> None:
         out.print(line, markup=False, soft_wrap=True)
 
 
+def _together(document: dict[str, Any]) -> str:
+    """What it costs with the study that it repeats."""
+    earlier, own = document["repeats"], document["study_epsilon"]
+    epsilon = None if None in (own, earlier["epsilon"]) else own + earlier["epsilon"]
+    claim = "none claimed" if epsilon is None else f"ε {console.metric_text(epsilon)}"
+    delta = document["delta"] + earlier["delta"]
+    return f"         with that of {earlier['name']}, which it repeats: {claim}, δ {delta:g}"
+
+
 def _at(study: Study, quantile: float) -> dict[str, Any]:
+    if study.algorithm.kind == "listed":
+        listed = study.algorithm.configurations
+        return dict(listed[int(quantile * len(listed))])
     return active(study.space, {path: dimension.at(quantile) for path, dimension in study.space.items()})
 
 

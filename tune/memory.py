@@ -20,7 +20,7 @@ from dpsink.records import Report
 from dpsink.training import RUNNING
 from tune import schema
 from tune.folder import StudyFolder
-from tune.space import Distribution, grid, holds, ordered
+from tune.space import Distribution, holds, ordered
 from tune.study import Study
 
 RERUN = "rerun_of"  # attribute of a configuration that failed and was run again: the number that had failed
@@ -37,7 +37,7 @@ class SearchMemory:
         self.study = study
         self.optuna = open_optuna(study, folder)
         self._path = ordered(study.space)
-        self._grid = grid(study.space) if study.algorithm.kind == "grid" else []
+        self._points = study.points
         scheduler = study.scheduler
         self._pruner = SuccessiveHalvingPruner(
             min_resource=round(100 * scheduler.grace), reduction_factor=scheduler.reduction
@@ -47,10 +47,10 @@ class SearchMemory:
         """A new configuration: its number and its searched values.
 
         Args:
-            index: how many have been recorded before it; decides the point of a grid.
+            index: how many have been recorded before it; decides the point of a grid or a list.
         """
-        if self._grid:
-            return self._take(self._grid[index])
+        if self._points is not None:
+            return self._take(self._points[index])
         if self.study.sealed:  # a sequence that anybody can repeat would tell the winner's place in it
             self.optuna.sampler.reseed_rng()
         trial, values = self.optuna.ask(), {}
@@ -89,9 +89,14 @@ class SearchMemory:
                 self.give_up(trial.number)
 
     def _take(self, point: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-        space = {path: distribution(self.study.space[path]) for path in point}
+        space = {path: self._distribution(path) for path in point}
         self.optuna.add_trial(create_trial(state=TrialState.RUNNING, params=point, distributions=space))
         return self.optuna.get_trials(deepcopy=False)[-1].number, dict(point)
+
+    def _distribution(self, path: str) -> BaseDistribution:
+        if path in self.study.space:
+            return distribution(self.study.space[path])
+        return CategoricalDistribution(tuple({point[path]: None for point in self._points or [] if path in point}))
 
     def _take_in(self, number: int, reports: Sequence[Report]) -> None:
         """Brings the scores on the way up to date; the step is the spent part of the budget in per cent."""

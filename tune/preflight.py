@@ -15,7 +15,7 @@ from dpsink.errors import InputError
 from dpsink.privacy.accounts import AccountTerms, TrialCosts
 from dpsink.privacy.ledger import TrialCost, planned_epsilon
 from dpsink.privacy.plan import PrivacyPlan, derive_plan
-from tune.space import active, conditions, grid
+from tune.space import active, conditions
 from tune.study import Study
 
 # Searched paths that decide what a trial costs, in training and in scores; with none of them costs are fixed.
@@ -36,7 +36,7 @@ class StudyPlan:
         data: the loaded data set, the same for all trials.
         terms: what the study asks of its privacy accounts.
         baselines: the plan of each.
-        searched: plans that a searched trial may have: all of a grid, else those at the corners of the space.
+        searched: plans that a searched trial may have: all of a grid or a list, else those at the corners of the space.
         extractor: FID extractor with its number of images.
     """
 
@@ -54,14 +54,14 @@ class StudyPlan:
 
 
 def check_study(study: Study, data_root: Path | None) -> StudyPlan:
-    """Loads the data, derives every plan, and finds what would fail later. A grid has to afford all of its points.
+    """Loads the data, derives every plan, and finds what would fail later. A grid and a list have to afford all.
 
     Raises:
         InputError: the first thing that is wrong, in one line.
     """
     configs = {name: study.baseline(name) for name in study.baselines}
-    fixed = study.algorithm.kind == "grid"
-    searched_configs = [study.configure(point) for point in grid(study.space)] if fixed else _corners(study)
+    points = study.points
+    searched_configs = _corners(study) if points is None else [study.configure(point) for point in points]
     common = _common_settings([*configs.values(), *searched_configs])
     data = load_dataset(common.data, root=data_root)
     if data.validation is None:
@@ -70,7 +70,7 @@ def check_study(study: Study, data_root: Path | None) -> StudyPlan:
         )
     records = len(data.train)
     baselines = {name: derive_plan(config, records) for name, config in configs.items()}
-    if fixed:
+    if points is not None:
         searched = [derive_plan(config, records) for config in searched_configs]
     else:
         searched = _affordable(searched_configs, records)
@@ -96,7 +96,7 @@ def _account_terms(study: Study, baselines: Sequence[PrivacyPlan], searched: Seq
     first = [TrialCosts.of(plan) for plan in baselines]
     rest = [TrialCosts.of(plan) for plan in searched]
     scores = [one.scores for one in rest if one.scores]
-    fixed = study.algorithm.kind == "grid"
+    fixed = study.points is not None
     return AccountTerms(
         planned=_planned(study, [one.training for one in first], [one.training for one in rest], delta),
         planned_scores=_planned(study, [one.scores for one in first if one.scores], scores, delta),
@@ -118,7 +118,7 @@ def _planned(study: Study, first: list[TrialCost], rest: list[TrialCost], delta:
     if study.sealed:
         kinds = sorted(set(rest), key=lambda cost: (cost.sample_rate, cost.noise_multiplier, cost.steps))
         return tuple(kinds if len(kinds) == 1 else [_with_margin(cost) for cost in kinds])
-    if study.algorithm.kind != "grid":
+    if study.points is None:
         rest = [max(rest, key=lambda cost: _cost_of_ten(cost, delta))] * study.configurations
     return tuple(cost for cost in (*first, *rest) for _ in range(study.seeds))
 

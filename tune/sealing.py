@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpsink.disk import sync
+from dpsink.privacy.ledger import PrivacyStatement
 from tune.board import SealedBoard
 from tune.choice import judge_once, select_best
 from tune.cluster import TooLarge
@@ -86,7 +87,7 @@ class SealedSession(Session):
     def _restore_board(self) -> None:
         """A sealed board shows no trial."""
 
-    def _show_spent(self, spent: float) -> None:
+    def _show_spent(self, statement: PrivacyStatement) -> None:
         self.board.ledger_text = f"study ε ≤ {self.accounts.cap:.4g}"
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dpsink.privacy.accounts import StudyAccounts
+from dpsink.privacy.ledger import PrivacyStatement
 from tune.board import Board, ledger_line
 from tune.choice import chosen_trials, judge_once
 from tune.folder import SessionEnd, StudyFolder
@@ -114,7 +115,9 @@ class Session:
     def write_statement(self) -> None:
         """Records what may be said about the study's privacy by now."""
         statement = self.accounts.statement(self.plan.target_epsilon)
-        self._show_spent(statement.spent)
+        if earlier := self.folder.read_study().repeats:
+            statement = statement.after(earlier.name, earlier.epsilon, earlier.delta, earlier.spent)
+        self._show_spent(statement)
         self.folder.write_statement(statement.to_dict())
 
     def _conclude(self) -> None:
@@ -183,5 +186,5 @@ class Session:
         reports = self.folder.reports(name)
         return {**reports[-1].metrics, "epsilon": reports[-1].epsilon} if reports else {}
 
-    def _show_spent(self, spent: float) -> None:
-        self.board.ledger_text = ledger_line(self.accounts.cap, spent)
+    def _show_spent(self, statement: PrivacyStatement) -> None:
+        self.board.ledger_text = ledger_line(statement.study_epsilon, statement.spent)

@@ -25,9 +25,12 @@ ROUNDING = 1e-9  # a third of a GPU, written down, is a little less or more
 class Algorithm(Strict):
     """How configurations are proposed."""
 
-    kind: Literal["random", "grid", "optuna"] = "random"
+    kind: Literal["random", "grid", "optuna", "listed"] = "random"
     trials: int = Field(
         default=10, ge=1, le=100_000, description="searched configurations, besides the baselines; a grid has its own"
+    )
+    configurations: tuple[dict[str, Any], ...] = Field(
+        default=(), description="of kind listed: each a dotted path of the settings to its value"
     )
     seed: int = Field(default=0, ge=0, lt=2**32, description="of the proposals, public")
     seeds_per_configuration: int = Field(
@@ -153,6 +156,10 @@ class Study(Strict):
         "the control is added",
     )
     space: dict[str, Distribution] = Field(default_factory=dict, description="dotted path to distribution")
+    repeats: Path | None = Field(
+        default=None,
+        description="folder of the study whose best configurations are listed, to be trained again; its ε is added",
+    )
     algorithm: Algorithm = Algorithm()
     scheduler: Scheduler = Scheduler()
     objectives: tuple[str, ...] = Field(
@@ -238,6 +245,25 @@ class Study(Strict):
         return self
 
     @model_validator(mode="after")
+    def _a_list_stands_alone(self) -> "Study":
+        listed = self.algorithm.configurations
+        if self.algorithm.kind != "listed":
+            if listed:
+                raise ValueError("algorithm.configurations is for algorithm.kind=listed: leave it out")
+            if self.repeats is not None:
+                raise ValueError("repeats is for algorithm.kind=listed: leave it out, or use `dpsink-tune repeat`")
+            return self
+        if not listed:
+            raise ValueError("algorithm.configurations must list at least one under algorithm.kind=listed")
+        if any(one in listed[:index] for index, one in enumerate(listed)):
+            raise ValueError("algorithm.configurations must differ; seeds_per_configuration trains each several times")
+        if self.space:
+            raise ValueError("space is for a search: leave it out under algorithm.kind=listed")
+        if "trials" in self.algorithm.model_fields_set:
+            raise ValueError("algorithm.trials follows from the configurations that are listed: leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _stopping_is_fair(self) -> "Study":
         if self.scheduler.kind == "none":
             return self
@@ -265,9 +291,22 @@ class Study(Strict):
         return self.algorithm.seeds_per_configuration
 
     @property
+    def points(self) -> list[dict[str, Any]] | None:
+        """All that will be searched, where it is known beforehand: of a grid or a list; None otherwise."""
+        if self.algorithm.kind == "listed":
+            return [dict(one) for one in self.algorithm.configurations]
+        return grid(self.space) if self.algorithm.kind == "grid" else None
+
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """Paths of what is searched."""
+        listed = dict.fromkeys(path for one in self.algorithm.configurations for path in one)
+        return (*self.space, *listed)
+
+    @property
     def configurations(self) -> int:
         """Searched configurations; of a sealed study their number is drawn, and this one means nothing."""
-        return len(grid(self.space)) if self.algorithm.kind == "grid" else self.algorithm.trials
+        return self.algorithm.trials if self.points is None else len(self.points)
 
     @property
     def trials(self) -> int:
@@ -276,12 +315,15 @@ class Study(Strict):
 
     def to_yaml(self) -> str:
         """All settings as a study file: what the study's folder keeps. Settings that do not apply are left out."""
-        unused: dict[str, Any] = {"preset": True}
-        if self.sealed:
-            unused |= {"algorithm": {"trials", "seed"}}
-        else:
-            unused |= {"ledger": {"selection"}} | ({"algorithm": {"trials"}} if self.algorithm.kind == "grid" else {})
-        tree = self.model_dump(mode="json", by_alias=True, exclude=unused)
+        listed = self.algorithm.kind == "listed"
+        proposed = {"trials", "seed"} if self.sealed else {"trials"} if self.points is not None else set()
+        unused: dict[str, Any] = {
+            "preset": True,
+            "repeats": self.repeats is None,
+            "algorithm": proposed | (set() if listed else {"configurations"}),
+            "ledger": set() if self.sealed else {"selection"},
+        }
+        tree = self.model_dump(mode="json", by_alias=True, exclude={key: one for key, one in unused.items() if one})
         return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
     def configure(self, params: Mapping[str, Any]) -> TrialConfig:
@@ -304,9 +346,20 @@ def load_study(path: Path) -> Study:
     Raises:
         InputError: unknown key, a search path that does not exist, a value out of range.
     """
-    study = _with_preset(validate(Study, read_yaml(path), source=str(path)), path.parent)
-    for dotted in study.space:
-        _check_path(study, dotted, path)
+    return checked(_with_preset(validate(Study, read_yaml(path), source=str(path)), path.parent), str(path))
+
+
+def checked(study: Study, source: str) -> Study:
+    """A study whose baselines, with the control among them, and whose searched trials are valid.
+
+    Args:
+        source: where it comes from, for errors.
+
+    Raises:
+        InputError: as `load_study`.
+    """
+    for dotted in study.searched:
+        _check_path(study, dotted, source)
     searched = [study.configure(values) for values in edges(study)]
     study = _with_control(study, searched[0])
     for trial in searched:
@@ -317,7 +370,10 @@ def load_study(path: Path) -> Study:
 
 
 def edges(study: Study) -> list[dict[str, Any]]:
-    """Searched values with each dimension at each edge, under each of its conditions, the others at their first."""
+    """Searched values with each dimension at each edge, under each of its conditions, the others at their first; all
+    that is listed."""
+    if study.algorithm.kind == "listed":
+        return study.points or []
     first = {dotted: space.extremes[0] for dotted, space in study.space.items()}
     return [active(study.space, first)] + [
         active(study.space, {**first, **conditions, dotted: value})
@@ -390,14 +446,13 @@ def _other_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     return "kind" in new and new["kind"] != old.get("kind", "conv_cond")
 
 
-def _check_path(study: Study, dotted: str, path: Path) -> None:
-    known = _known_paths(study, dotted)
-    if dotted not in known:
-        raise InputError(f"{path}: space path '{dotted}' does not exist{nearest(dotted, known)}")
+def _check_path(study: Study, dotted: str, source: str) -> None:
+    if dotted in study.space and dotted not in (known := _known_paths(study, dotted)):
+        raise InputError(f"{source}: space path '{dotted}' does not exist{nearest(dotted, known)}")
     if dotted.startswith(COMMON):
-        raise InputError(f"{path}: space path '{dotted}' must be the same in all trials; set it in trial instead")
+        raise InputError(f"{source}: path '{dotted}' must be the same in all trials; set it in trial instead")
     if dotted == "seed":
-        raise InputError(f"{path}: space path 'seed' is not searched; set algorithm.seeds_per_configuration instead")
+        raise InputError(f"{source}: path 'seed' is not searched; set algorithm.seeds_per_configuration instead")
 
 
 def _known_paths(study: Study, dotted: str) -> set[str]:

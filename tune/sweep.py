@@ -16,9 +16,10 @@ from dpsink.privacy.accounts import StudyAccounts
 from dpsink.privacy.storage import DamagedLedger
 from tune.check import Preflight
 from tune.choice import select_best
-from tune.folder import StudyFolder, StudyRecord, TrialRecord
+from tune.folder import Earlier, StudyFolder, StudyRecord, TrialRecord
 from tune.lock import only_one
 from tune.preflight import StudyPlan
+from tune.repeat import earlier_study
 from tune.session import Session
 from tune.study import Study
 from tune.tracking import MLflowTracker, tracking_uri
@@ -143,12 +144,22 @@ def _open_study(study: Study, folder: StudyFolder, plan: StudyPlan) -> StudyReco
         data_fingerprint=plan.data.fingerprint,
         extractor=plan.extractor,
         objectives=study.objectives,
-        searched=tuple(study.space),
+        searched=study.searched,
         seeds=study.seeds,
         trials=None if study.sealed else study.trials,
+        repeats=_earlier(study, plan),
     )
     folder.write_study(record, study.to_yaml())
     return record
+
+
+def _earlier(study: Study, plan: StudyPlan) -> Earlier | None:
+    """What is repeated; where the records were others, the two claims would not add up."""
+    if study.repeats is None:
+        return None
+    if StudyFolder(study.repeats).read_study().data_fingerprint != plan.data.fingerprint:
+        raise InputError(f"study {study.name}: the data are not those of {study.repeats}, which it repeats")
+    return earlier_study(study.repeats)
 
 
 def _check_same_study(study: Study, folder: StudyFolder, plan: StudyPlan) -> StudyRecord:

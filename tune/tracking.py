@@ -239,8 +239,8 @@ class Mirror:
         return "completed" if self.folder.selected or (trials and ended) else "interrupted"
 
     def _describe_study(self, run: Shown) -> None:
-        facts = flatten(self.record)
-        del facts["tracking_uri"]  # may hold a password
+        facts = flatten(self.record.model_copy(update={"repeats": None}))
+        del facts["tracking_uri"], facts["repeats"]  # the one may hold a password, the other is a tag
         tags = {
             schema.STUDY_NAME_TAG: self.record.name,
             schema.FINGERPRINT_TAG: self.record.data_fingerprint,
@@ -249,6 +249,8 @@ class Mirror:
             schema.FOLDER_TAG: str(self.folder.path.resolve()),
             schema.SPACE_TAG: _space(self.folder),
         }
+        if self.record.repeats:
+            tags[schema.REPEATS_TAG] = self.record.repeats.study_id
         self._log(run, {f"{schema.STUDY_PARAM}{name}": value for name, value in facts.items()}, tags)
 
     def _describe_trial(self, run: Shown, record: TrialRecord, saved: CheckpointState | None) -> None:

@@ -362,6 +362,8 @@ class PrivacyStatement:
         adjacency: which data sets are hard to tell apart.
         accounts: where disjoint records are charged apart (`accounts.py`), name of an account to its `epsilon`,
             `guarantee`, `order` and `spent`; the study's ε is the largest. Empty where there is one account.
+        earlier: the study whose results this one started from, in whose ε and δ it is contained: its name `study`, its
+            `epsilon`, `delta` and `spent`. Empty where there is none.
     """
 
     policy: Policy
@@ -378,18 +380,43 @@ class PrivacyStatement:
     non_private: bool
     adjacency: str = "adding or removing one record; the number of records N is public"
     accounts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    earlier: Mapping[str, Any] = field(default_factory=dict)
+
+    def after(self, study: str, epsilon: float | None, delta: float, spent: float) -> PrivacyStatement:
+        """The same of a study that was chosen by the results of another one on the same records: of both together.
+
+        Basic composition, which holds whatever the second study took from the first (Dwork and Roth 2014,
+        Theorem 3.16; each study is itself private for any input besides the records).
+
+        Args:
+            study: name of the earlier one.
+            epsilon, delta: its claim; None is no claim, and then there is none for both.
+            spent: its reading.
+        """
+        claims = self.study_epsilon, epsilon
+        return replace(
+            self,
+            study_epsilon=None if None in claims else math.fsum(claim for claim in claims if claim is not None),
+            study_delta=self.study_delta + delta,
+            spent=self.spent + spent,
+            non_private=self.non_private or epsilon == math.inf,
+            earlier={"study": study, "epsilon": epsilon, "delta": delta, "spent": spent},
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields; infinity, which JSON lacks, is the string `inf`."""
         fields = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
-        return {key: "inf" if value == math.inf else value for key, value in fields.items()}
+        fields["earlier"] = _finite(self.earlier)
+        return _finite(fields)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> PrivacyStatement:
         """The inverse of `to_dict`."""
 
         def value(plain: Any) -> Any:
-            return tuple(plain) if isinstance(plain, list) else math.inf if plain == "inf" else plain
+            if isinstance(plain, list | dict):
+                return tuple(plain) if isinstance(plain, list) else {key: value(one) for key, one in plain.items()}
+            return math.inf if plain == "inf" else plain
 
         return cls(**{field: value(plain) for field, plain in fields.items()})
 
@@ -401,6 +428,7 @@ class PrivacyStatement:
             "NON-PRIVATE: no privacy guarantee holds." if self.non_private else "Privacy statement",
             f"Each trial on its own: {_pair(self.trial_epsilon, self.trial_delta)}.",
             f"The study, policy {self.policy}: {study}.",
+            *self._earlier_line(),
             *self._account_lines(),
             f"Spent so far: epsilon {_rounded_up(self.spent)}; a reading, which is not a claim.",
             f"Adjacency: {self.adjacency}.",
@@ -409,6 +437,12 @@ class PrivacyStatement:
             *_listed("Not covered:", self.not_covered),
         ]
         return "\n".join(textwrap.fill(p, 80, subsequent_indent="  ") for p in paragraphs) + "\n"
+
+    def _earlier_line(self) -> list[str]:
+        if not self.earlier:
+            return []
+        claim = _pair(self.earlier["epsilon"], self.earlier["delta"])
+        return [f"In it, by basic composition: {claim} of the study {self.earlier['study']}, which chose these trials."]
 
     def _account_lines(self) -> list[str]:
         """The accounts of disjoint records, the larger first."""
@@ -451,6 +485,10 @@ def _secrecy(selection: Selection) -> str:
 
 def _pair(epsilon: float | None, delta: float) -> str:
     return "none claimed" if epsilon is None else f"epsilon {_rounded_up(epsilon)}, delta {delta:g}"
+
+
+def _finite(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: "inf" if value == math.inf else value for key, value in fields.items()}
 
 
 def _rounded_up(epsilon: float) -> str:

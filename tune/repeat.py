@@ -1,0 +1,113 @@
+"""The best configurations of a study once more, with fresh noise and several seeds: a study of its own.
+
+What won a search has been lucky too. Trained again, its mean tells what the settings are worth. That costs privacy: the
+new study keeps its own ledger, and its statement contains the first one's ε and δ.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dpsink.config import read_yaml, validate
+from dpsink.errors import InputError
+from tune import schema
+from tune.choice import Configuration, configurations
+from tune.folder import Earlier, StudyFolder
+from tune.lock import holder
+from tune.status import find_folder
+from tune.study import KIND, Study, checked, load_study
+
+KEPT = ("trial", "objectives", "test_samples", "resources", "tracking")  # of the study file
+
+
+def repetition(study: str, *, top: int, seeds: int, by: str | None = None, name: str | None = None) -> Study:
+    """The study that trains the best configurations of another again; the same one when it is asked for once more.
+
+    Args:
+        study: the first one's file, folder or name; it has to be finished.
+        top: how many configurations, 1 at least.
+        seeds: trials of each, and of the control.
+        by: a metric on validation; the first objective by default.
+        name: of the new study; NAME-repeat by default.
+
+    Raises:
+        InputError: the study is not finished or has too few configurations, or another repetition has the name.
+    """
+    first = find_folder(study)
+    title = name or f"{first.path.name}-repeat"
+    if (there := StudyFolder(first.path.parent / title)).exists:
+        return _begun(there, first, top, seeds)
+    _check_finished(first)
+    best = _best(first, by, top)
+    source = f"the repetition of {study}"
+    return checked(validate(Study, _tree(first, best, title, seeds), source=source), source)
+
+
+def earlier_study(place: Path) -> Earlier:
+    """What a study claims that another one repeats.
+
+    Raises:
+        InputError: its folder is gone, or it has claimed nothing yet.
+    """
+    folder = StudyFolder(place)
+    record, statement = folder.read_study(), folder.statement()
+    if not statement:
+        raise InputError(f"repeats={place}: has no privacy statement; give the folder of a finished study")
+    epsilon, delta, spent = (statement[key] for key in ("study_epsilon", "study_delta", "spent"))
+    return Earlier(
+        study_id=record.study_id,
+        name=record.name,
+        epsilon=None if epsilon is None else float(epsilon),
+        delta=float(delta),
+        spent=float(spent),
+    )
+
+
+def _check_finished(first: StudyFolder) -> None:
+    outcome = first.outcome()
+    if holder(first) or not (first.selected or (outcome is not None and outcome.finished)):
+        raise InputError(f"study {first.path.name} is not finished; let `dpsink-tune sweep` end it first")
+
+
+def _best(first: StudyFolder, by: str | None, top: int) -> Sequence[Configuration]:
+    metric = by or first.read_study().objectives[0]
+    if metric not in schema.QUALITY:
+        raise InputError(f"--by={metric} must be one of {', '.join(schema.QUALITY)}")
+    ranked = configurations(first, metric)
+    if len(ranked) < top:
+        raise InputError(f"--top={top} must be at most {len(ranked)}, the configurations of {first.path.name} to rank")
+    return ranked[:top]
+
+
+def _tree(first: StudyFolder, best: Sequence[Configuration], name: str, seeds: int) -> dict[str, Any]:
+    """The new study's file: what the first one's trials shared, its control, and the listed configurations."""
+    given = read_yaml(first.path / "study.yaml")
+    kept = {key: given[key] for key in KEPT if key in given}
+    fresh = int(kept["trial"].get("seed", 0)) + first.read_study().seeds  # other first weights than the first study's
+    return kept | {
+        "name": name,
+        "trial": kept["trial"] | {"seed": fresh},
+        "baselines": {key: one for key, one in (given.get("baselines") or {}).items() if _is_control(one)},
+        "algorithm": {
+            "kind": "listed",
+            "configurations": [one.best.params for one in best],
+            "seeds_per_configuration": seeds,
+        },
+        "repeats": str(first.path),
+        "storage": str(first.path.parent),
+    }
+
+
+def _is_control(baseline: dict[str, Any]) -> bool:
+    return baseline.get(KIND, (baseline.get("generator") or {}).get("kind")) == "class_mean"
+
+
+def _begun(there: StudyFolder, first: StudyFolder, top: int, seeds: int) -> Study:
+    """A repetition that was begun, to go on with."""
+    study = load_study(there.path / "study.yaml")
+    if study.repeats != first.path or (study.configurations, study.seeds) != (top, seeds):
+        raise InputError(
+            f"study {study.name}: exists, of {study.configurations} configurations with {study.seeds} seeds of "
+            f"{study.repeats}; ask for the same to go on with it, or give another --name"
+        )
+    return study

@@ -127,6 +127,17 @@ def test_the_best_searched_trial_is_named(terminal: Console, objective: str, bes
     assert f"best {best} " in render(board)[-2]
 
 
+def test_a_configuration_is_best_by_the_mean_of_its_seeds_once_all_have_ended(terminal: Console) -> None:
+    board = Board("study", 6, "accuracy", seeds=2)
+    told = {"lucky": [(0.9, "completed"), (0.5, "completed")], "steady": [(0.8, "completed"), (0.7, "completed")],
+            "short": [(0.95, "completed"), (0.95, "running")]}  # fmt: skip
+    for name, values in told.items():
+        for seed, (accuracy, state) in enumerate(values, start=1):
+            trial = record(f"{name}-{seed}").model_copy(update={"configuration": name})
+            board.show(trial, state, {"accuracy": accuracy})
+    assert board.best() == ("steady", 0.75)
+
+
 def test_the_ledger_has_a_line(terminal: Console) -> None:
     assert render(full_board())[-1] == "study ε ≤ 31.42, spent 20.42"
 

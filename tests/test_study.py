@@ -249,6 +249,20 @@ def test_a_plan_counts_every_trial_at_its_worst(tmp_path: Path) -> None:
     assert {cost.noise_multiplier for cost in searched} == {2}
 
 
+@pytest.mark.parametrize(("bound", "refused"), [(10.0, True), (10.5, False)])
+def test_a_bound_that_no_searched_trial_fits_under_beside_the_control_is_refused(
+    tmp_path: Path, bound: float, refused: bool
+) -> None:
+    """The control spends its target, 10; a searched trial 0.4 more."""
+    study = load(tmp_path, ledger={"study_epsilon": bound})
+    if not refused:
+        assert check_study(study, None).terms.common["study_epsilon"] == bound
+        return
+    with pytest.raises(InputError, match="study_epsilon=10 leaves no room for a searched trial") as caught:
+        check_study(study, None)
+    assert "\n" not in str(caught.value)
+
+
 def test_storage_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):

@@ -72,10 +72,16 @@ class Row:
 
 
 class Board(_Shown):
-    """Live table of a study's trials; a context manager."""
+    """Live table of a study's trials; a context manager.
 
-    def __init__(self, title: str, total: int, objective: str) -> None:
-        self.title, self.total, self.objective = title, total, objective
+    Args:
+        total: trials that are planned.
+        objective: the metric that ranks.
+        seeds: trials of each configuration.
+    """
+
+    def __init__(self, title: str, total: int, objective: str, seeds: int = 1) -> None:
+        self.title, self.total, self.objective, self.seeds = title, total, objective, seeds
         self.rows: dict[str, Row] = {}
         self.ended_before = 0
         super().__init__()  # last: it draws already
@@ -130,19 +136,20 @@ class Board(_Shown):
         ended = sum(row.state in schema.ENDED for row in self.rows.values())
         parts = [f"{ended}/{self.total} trials"]
         if best := self.best():
-            parts.append(f"best {best.record.name} ({self.objective} {best.values[self.objective]:.3g})")
+            parts.append(f"best {best[0]} ({self.objective} {best[1]:.3g})")
         if (seconds := self.seconds_left) is not None:
             parts.append(f"ETA {seconds / 60:.1f} min")
         return "  ·  ".join(parts)
 
-    def best(self) -> Row | None:
-        """The searched trial that is best so far by the objective."""
-        rows = [
-            row for row in self.rows.values()
-            if self.objective in row.values and row.record.role == schema.ROLE_SEARCH
-        ]  # fmt: skip
+    def best(self) -> tuple[str, float] | None:
+        """The searched configuration that is best so far, and its mean, of those whose every seed has ended."""
+        values: dict[str, list[float]] = {}
+        for row in self.rows.values():
+            if row.record.role == schema.ROLE_SEARCH and row.state in schema.FINAL and self.objective in row.values:
+                values.setdefault(row.record.label, []).append(row.values[self.objective])
+        means = [(name, sum(of) / len(of)) for name, of in values.items() if len(of) == self.seeds]
         sign = -1 if schema.mode_of(self.objective) == "min" else 1
-        return max(rows, key=lambda row: sign * row.values[self.objective], default=None)
+        return max(means, key=lambda mean: sign * mean[1], default=None)
 
     def _line(self, row: Row) -> str:
         shown = ("epsilon", "fid", self._shown_metric, "variety")

@@ -15,7 +15,6 @@ from tune.folder import StudyFolder, TrialRecord
 from tune.study import Study
 
 CHOSEN_BY = ("fid", "accuracy")  # what analysis selects by, besides the study's own objectives
-FINAL = ("completed", "diverged")  # states whose metrics are those of the whole budget; a diverged trial has the worst
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def means(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _compared(folder: StudyFolder, records: Sequence[TrialRecord], seeds: int, metric: str) -> Configuration | None:
-    ended = [(record, state) for record in records if (state := _state(folder, record)) in FINAL]
+    ended = [(record, state) for record in records if (state := _state(folder, record)) in schema.FINAL]
     final = [(record, state, reports[-1]) for record, state in ended if (reports := folder.reports(record.name))]
     metrics = means([last.metrics for _, _, last in final])
     completed = [(_loss(last.metrics[metric], metric), last.epsilon, record.name, record)

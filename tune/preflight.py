@@ -4,7 +4,7 @@ import itertools
 import math
 import random
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from dpsink.config import TrialConfig
 from dpsink.data import ImageData, load_dataset
 from dpsink.errors import InputError
 from dpsink.privacy.accounts import AccountTerms, TrialCosts
-from dpsink.privacy.ledger import TrialCost, planned_epsilon
+from dpsink.privacy.ledger import TrialCost, composed_epsilon, planned_epsilon
 from dpsink.privacy.plan import PrivacyPlan, derive_plan
 from tune.space import active, conditions
 from tune.study import Study
@@ -74,6 +74,7 @@ def check_study(study: Study, data_root: Path | None) -> StudyPlan:
         searched = [derive_plan(config, records) for config in searched_configs]
     else:
         searched = _affordable(searched_configs, records)
+    _check_room(study, baselines.values(), searched)
     inside = _affordable(_probes(study), records, needed=False) if study.sealed and len(searched_configs) > 1 else []
     return StudyPlan(
         data=data,
@@ -84,6 +85,20 @@ def check_study(study: Study, data_root: Path | None) -> StudyPlan:
         delta=common.privacy.delta,
         target_epsilon=common.privacy.target_epsilon,
     )
+
+
+def _check_room(study: Study, baselines: Iterable[PrivacyPlan], searched: Sequence[PrivacyPlan]) -> None:
+    """A bound under which no searched trial ever starts is a mistake; no accountant gets below this sum."""
+    bound = study.ledger.study_epsilon
+    if bound is None or not searched[0].private:
+        return
+    first, delta = [TrialCosts.of(plan).training for plan in baselines] * study.seeds, searched[0].delta
+    needed = min(composed_epsilon([*first, TrialCosts.of(plan).training], delta) for plan in set(searched))
+    if bound < needed:
+        raise InputError(
+            f"ledger.study_epsilon={bound:g} leaves no room for a searched trial beside the baselines, which takes "
+            f"{needed:.4g}; raise it, or lower privacy.target_epsilon"
+        )
 
 
 def _account_terms(study: Study, baselines: Sequence[PrivacyPlan], searched: Sequence[PrivacyPlan]) -> AccountTerms:

@@ -51,6 +51,7 @@ STATEMENT_ARTIFACT = "statement.json"  # of the study run
 
 State = Literal["pending", "running", "completed", "stopped_early", "diverged", "failed", "interrupted"]
 ENDED: frozenset[str] = frozenset({"completed", "stopped_early", "diverged", "failed"})
+FINAL: frozenset[str] = frozenset({"completed", "diverged"})  # whose metrics are those of the whole budget
 
 # How a state of ours is told in MLflow's vocabulary.
 MLFLOW_STATUS: dict[str, str] = {

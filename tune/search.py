@@ -22,7 +22,7 @@ from dpsink.privacy.ledger import BudgetExhausted
 from dpsink.privacy.plan import derive_plan
 from dpsink.training import LEDGER, SCORE_LEDGER
 from tune import schema
-from tune.choice import FINAL, means
+from tune.choice import means
 from tune.folder import StudyFolder, TrialEnd, TrialRecord
 from tune.memory import SearchMemory
 from tune.room import told_when_full
@@ -156,7 +156,7 @@ class StudySearcher(Searcher):
         if len(names) < self.study.seeds or None in states:
             return
         reports = [self.folder.reports(name) for name in names]
-        if all(state in FINAL for state in states):
+        if all(state in schema.FINAL for state in states):
             mean = means([told[-1].metrics for told in reports])
             self._memory.tell(number, [mean.get(name, math.nan) for name in self.study.objectives])
         elif states == ["stopped_early"]:  # one seed alone: a scheduler serves no others

@@ -160,7 +160,7 @@ class Session:
         return StudySearcher(self.study, self.work, self.accounts, records, worker, self.changed)
 
     def _make_board(self) -> Any:
-        return Board(f"study {self.study.name}", self.study.trials, self.study.objective)
+        return Board(f"study {self.study.name}", self.study.trials, self.study.objective, self.study.seeds)
 
     def _restore_board(self) -> None:
         for record in self.folder.trials():

@@ -92,7 +92,7 @@ class Status:
     def board(self) -> Board:
         """The table of the trials, as the sweep's own terminal shows it."""
         record = self.folder.read_study()
-        board = Board(self.headline, record.trials or len(self.rows), record.objectives[0])
+        board = Board(self.headline, record.trials or len(self.rows), record.objectives[0], record.seeds)
         board.rows, board.ledger_text = self.rows, self._ledger_text
         ended = sum(row.state in schema.ENDED for row in self.rows.values())
         board.ended_before = self.before if self.holder else ended
@@ -205,7 +205,7 @@ def document(status: Status) -> dict[str, Any]:
         "counts": status.counts,
         "trials": {name: {"state": row.state, **row.values} for name, row in status.rows.items()},
         "objective": board.objective,
-        "best": best.record.name if best else None,
+        "best": best[0] if best else None,
         "seconds_left": board.seconds_left,
         "failed": status.errors,
     }

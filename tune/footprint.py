@@ -45,7 +45,8 @@ def footprint(sketch: Sketch) -> Footprint:
     command = [sys.executable, "-m", "tune.footprint"]
     done = subprocess.run(command, input=sketch.model_dump_json(), capture_output=True, text=True)
     if done.returncode:
-        if "llocate memory" in done.stderr or "MemoryError" in done.stderr:
+        # Some libraries do not look whether they were given memory: they end by a signal, of a negative number.
+        if done.returncode < 0 or "llocate memory" in done.stderr or "MemoryError" in done.stderr:
             raise InputError(
                 f"a trial needs more than the {sketch.limit / 2**30:.1f} GiB that are free; make it smaller"
             )
@@ -57,10 +58,10 @@ def footprint(sketch: Sketch) -> Footprint:
 
 def _measure(sketch: Sketch) -> Footprint:
     """Takes steps here; the process is used up by that."""
-    resource.setrlimit(resource.RLIMIT_DATA, (sketch.limit, sketch.limit))
     from dpsink.data import ImageData
     from dpsink.training import train, use_threads
 
+    resource.setrlimit(resource.RLIMIT_DATA, (sketch.limit, sketch.limit))  # loading needs more, and fails with other words
     use_threads(1)
     others = _random_images(sketch, sketch.others)
     data = ImageData("random", _random_images(sketch, sketch.records), others, others, "random")

@@ -61,7 +61,7 @@ def _measure(sketch: Sketch) -> Footprint:
     from dpsink.data import ImageData
     from dpsink.training import train, use_threads
 
-    resource.setrlimit(resource.RLIMIT_DATA, (sketch.limit, sketch.limit))  # loading needs more, and fails with other words
+    resource.setrlimit(resource.RLIMIT_DATA, (sketch.limit, sketch.limit))  # loading fails with other words
     use_threads(1)
     others = _random_images(sketch, sketch.others)
     data = ImageData("random", _random_images(sketch, sketch.records), others, others, "random")

@@ -78,7 +78,7 @@ def configurations(runs: Runs, role: str = schema.ROLE_SEARCH) -> pd.DataFrame:
 
 
 def comparable(runs: Runs, role: str | None = None) -> pd.DataFrame:
-    """The accepted runs, of a role. A study that repeats another is no part of the selection: it was selected.
+    """The accepted runs, of a role. A study that repeats another one here is no part of the selection: it was selected.
 
     Raises:
         InputError: there is none; says why, by count.
@@ -89,7 +89,8 @@ def comparable(runs: Runs, role: str | None = None) -> pd.DataFrame:
         raise InputError(f"study '{runs.name}' has nothing to compare: {why}; run `dpsink-tune sweep` on")
     if role is None:
         return runs.accepted
-    repeats = [study.name for study in runs.studies if study.repeats]
+    here = {study.study_id for study in runs.studies}
+    repeats = [study.name for study in runs.studies if study.repeats in here]
     found = pd.DataFrame(runs.accepted[(runs.accepted["role"] == role) & ~runs.accepted["study"].isin(repeats)])
     if found.empty:
         why = f" ({told})" if told else ""
@@ -107,6 +108,15 @@ def run_of(runs: Runs, configuration: Row, rule: Rule) -> Row:
     table = runs.accepted
     same = (table["config_id"] == configuration["config_id"]) & (table["study"] == configuration["study"])
     return rows_of(ordered(pd.DataFrame(table[same]), rule).head(1))[0]
+
+
+def repeated(runs: Runs, configuration: Row) -> list[Row]:
+    """The runs that trained a configuration again, in the studies here that repeat its own."""
+    first = next(study for study in runs.studies if study.name == configuration["study"])
+    names = [study.name for study in runs.studies if study.repeats == first.study_id]
+    table = runs.accepted
+    again = table["study"].isin(names) & (table["config_id"] == configuration["config_id"])
+    return rows_of(pd.DataFrame(table[again & (table["role"] == schema.ROLE_SEARCH)]))
 
 
 def baselines(runs: Runs) -> list[Row]:

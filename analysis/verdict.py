@@ -9,6 +9,7 @@ chooses by this table has chosen by the test split.
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from scipy import stats
 from analysis.export import checkpoint_of, default_folder, drafted
 from analysis.rules import Rule, called
 from analysis.runs import Row, Runs, rows_of
-from analysis.selection import ranked_by, rule_of, run_of
+from analysis.selection import ranked_by, repeated, rule_of, run_of
 from dpsink.errors import InputError
 from dpsink.records import read_json, write_atomically
 from tune import schema
@@ -32,6 +33,7 @@ RESULT, TABLE, MEASURED = "result.json", "result.csv", "measured"
 FIRST_SEED = 1_000_000  # far from those that training and sweeps judge by
 CONFIDENCE = 0.95
 DRAWS = 20_000
+Measured = dict[str, list[dict[str, float]]]  # by run, by seed
 Values = np.ndarray[tuple[int, int], np.dtype[np.float64]]  # (generators, seeds)
 OnProgress = Callable[[int, int, str], None]  # how many are measured, of how many, which comes now
 
@@ -54,6 +56,8 @@ def evaluate_top(
 ) -> pd.DataFrame:
     """Judges the generators of the best configurations on the test split, with fresh samples.
 
+    Where a study that repeats the first is given too, its trainings of the same configurations are judged alike.
+
     Args:
         by, weights, epsilon, where: as for `best`; metrics on test may not select.
         top: how many configurations, 1 at least.
@@ -66,8 +70,10 @@ def evaluate_top(
         One row per generator, in the order of the selection: `rank`, `study`, `config_id`, `trial`, `epsilon`;
         `selected`, the value on validation that it was selected by; `judged`, `judged_low`, `judged_high`, the same on
         test, mean and 95 % confidence interval (Student's, from the pooled scatter over seeds); `judged_rank`;
-        `probability_best`, of being the best of them; means `test_<metric>`. `attrs`: `value`, what is judged; `words`,
-        what it means; `skipped`, a line for each whose files are gone; `written`, the result's file.
+        `probability_best`, of being the best of them; means `test_<metric>`; `trainings`, how often the configuration
+        was trained again, and `retrained`, `retrained_low`, `retrained_high`, the mean of these on test with its 95 %
+        confidence interval, NaN below two. `attrs`: `value`, what is judged; `words`, what it means; `skipped`, a line
+        for each whose files are gone; `written`, the result's file.
 
     Raises:
         InputError: a result is there already, no generator is left, the data are not at hand.
@@ -79,13 +85,19 @@ def evaluate_top(
         raise InputError(f"{place / RESULT}: exists; choose another --out, or --force to replace it")
     ranked = ranked_by(runs, rule, epsilon=epsilon, where=where)
     chosen, skipped = _generators(runs, rows_of(ranked.head(top)), rule)
-    jobs = [_Job(row, checkpoint, FIRST_SEED + seed, samples) for seed in range(seeds) for row, checkpoint in chosen]
-    measured = []
+    again = [_trained_again(runs, row, skipped) for row, _ in chosen]
+    jobs = [
+        _Job(row, checkpoint, FIRST_SEED + seed, samples)
+        for seed in range(seeds)
+        for row, checkpoint in (*chosen, *(one for each in again for one in each))
+    ]
+    measured: Measured = {}
     for done, job in enumerate(jobs):
         on_progress(done, len(jobs), f"{job.row['trial']}, seed {job.seed - FIRST_SEED + 1} of {seeds}")
-        measured.append(_measure(job, place / MEASURED, data_root, inception_weights))
+        measured.setdefault(job.row["run_id"], []).append(_measure(job, place / MEASURED, data_root, inception_weights))
     on_progress(len(jobs), len(jobs), "")
     table = _table([row for row, _ in chosen], measured, rule)
+    _add_trainings(table, [[measured[row["run_id"]] for row, _ in each] for each in again], rule)
     words = _in_words(table, rule, seeds, samples)
     table.attrs = {"value": _called(rule), "words": words, "skipped": skipped, "written": place / RESULT}
     _write(place, table)
@@ -115,6 +127,17 @@ def _generators(runs: Runs, configurations: list[Row], rule: Rule) -> tuple[list
     if not found:
         raise InputError(f"none of the best {len(configurations)} can be judged: {gone[0]}")
     return found, gone
+
+
+def _trained_again(runs: Runs, row: Row, skipped: list[str]) -> list[tuple[Row, Path]]:
+    """The runs that repeat a configuration, with their checkpoints; a line is added for each whose files are gone."""
+    found = []
+    for run in repeated(runs, row):
+        try:
+            found.append((run, checkpoint_of(run)))
+        except InputError as error:
+            skipped.append(str(error))
+    return found
 
 
 # Measuring.
@@ -168,9 +191,8 @@ def _write(place: Path, table: pd.DataFrame) -> None:
 # What it means.
 
 
-def _table(rows: list[Row], measured: list[dict[str, float]], rule: Rule) -> pd.DataFrame:
-    """`measured` by seed, then by generator."""
-    each = [measured[index :: len(rows)] for index in range(len(rows))]
+def _table(rows: list[Row], measured: Measured, rule: Rule) -> pd.DataFrame:
+    each = [measured[row["run_id"]] for row in rows]
     values = np.array([[_value(metrics, rule) for metrics in mine] for mine in each])
     means, half = values.mean(axis=1), _half_width(values)
     sign = 1 if _maximised(rule) else -1
@@ -181,6 +203,21 @@ def _table(rows: list[Row], measured: list[dict[str, float]], rule: Rule) -> pd.
     for name in each[0][0]:
         table[f"{schema.TEST_PREFIX}{name}"] = [np.mean([metrics[name] for metrics in mine]) for mine in each]
     return table
+
+
+def _add_trainings(table: pd.DataFrame, again: list[list[list[dict[str, float]]]], rule: Rule) -> None:
+    """What each configuration was worth when it was trained again: one value per training, its mean over the seeds.
+
+    Args:
+        again: by configuration, by training, by seed.
+    """
+    values = [np.array([np.mean([_value(one, rule) for one in seeds]) for seeds in each]) for each in again]
+    level = (1 + CONFIDENCE) / 2
+    halves = [float(stats.sem(one) * stats.t.ppf(level, len(one) - 1)) if len(one) > 1 else math.nan for one in values]
+    means = [float(one.mean()) if len(one) else math.nan for one in values]
+    table["trainings"], table["retrained"] = [len(one) for one in values], means
+    table["retrained_low"] = [mean - half for mean, half in zip(means, halves, strict=True)]
+    table["retrained_high"] = [mean + half for mean, half in zip(means, halves, strict=True)]
 
 
 def _value(metrics: dict[str, float], rule: Rule) -> float:
@@ -234,7 +271,8 @@ def _in_words(table: pd.DataFrame, rule: Rule, seeds: int, samples: int) -> list
         words += _ranking_in_words(table, _maximised(rule))
     return [
         *words,
-        "The intervals cover new samples and new classifiers, neither another training nor other test images.",
+        *_trainings_in_words(table, _maximised(rule)),
+        "The intervals of single generators cover new samples and classifiers, neither training nor other test images.",
         "The test split has been looked at: choose by validation, not by this table.",
     ]
 
@@ -258,6 +296,24 @@ def _ranking_in_words(table: pd.DataFrame, maximised: bool) -> list[str]:
     if len(rows) > 2:
         tau = stats.kendalltau(table["rank"], table["judged_rank"])[0]
         words.append(f"Order of the selection and on test: Kendall's τ {tau:.2f} (1 the same, 0 unrelated).")
+    return words
+
+
+def _trainings_in_words(table: pd.DataFrame, maximised: bool) -> list[str]:
+    rows = [row for row in rows_of(table) if row["trainings"]]
+    words = [
+        f"{row['trial']}, trained again {row['trainings']} times with fresh noise: {row['retrained']:.4g}"
+        + (f" [{row['retrained_low']:.4g}, {row['retrained_high']:.4g}]" if row["trainings"] > 1 else "")
+        + " on test, the mean of the trainings."
+        for row in rows
+    ]
+    if len(rows) == len(table) > 1:
+        top = (max if maximised else min)(rows, key=lambda row: row["retrained"])
+        holds = "The order holds" if top["rank"] == rows[0]["rank"] else "The order does not hold"
+        low, high = "retrained_low", "retrained_high"
+        apart = all(row[low] > top[high] or row[high] < top[low] for row in rows if row is not top)
+        sure = "" if apart else ", but the intervals overlap: more seeds would tell"
+        words.append(f"{holds} when they are trained again: {top['trial']} has the best mean{sure}.")
     return words
 
 

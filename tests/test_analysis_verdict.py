@@ -17,10 +17,13 @@ from scipy import stats
 import dpsink.judging
 from analysis.charts import verdict_figure
 from analysis.runs import Runs, load_runs
+from analysis.selection import best
+from analysis.tables import guarantee
 from analysis.verdict import FIRST_SEED, evaluate_top
 from dpsink.data import ImageData
 from dpsink.errors import InputError
 from tests.test_tracking import Fake, empty_database, make_study
+from tune.folder import Earlier
 from tune.tracking import rebuild
 
 __all__ = ["empty_database"]  # a fixture
@@ -202,3 +205,66 @@ def test_a_real_generator_is_judged_the_same_by_the_same_seeds(runs: Runs) -> No
     one, again = (evaluate_top(runs, top=1, seeds=2, samples=40, out=Path(name)) for name in ("one", "again"))
     pd.testing.assert_frame_equal(one, again)
     assert all(math.isfinite(one[f"test_{name}"].iloc[0]) for name in ("accuracy", "fid", "variety", "recall"))
+
+
+# Trained again.
+
+
+@pytest.fixture(scope="module")
+def repeated(runs: Runs, digits: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """The same study with one that trained the best two of it three times more."""
+    folder = tmp_path_factory.mktemp("again") / "repeat"
+    fakes = [
+        Fake(f"{name}-{seed}", config_id=f"c-{name}", fingerprint=digits.fingerprint)
+        for name in ("lucky", "honest")
+        for seed in (1, 2, 3)
+    ]
+    first = Earlier(study_id=runs.study.study_id, name=runs.study.name, epsilon=20.0, delta=1e-5, spent=19.0)
+    facts: dict[str, Any] = {"name": "again", "repeats": first, "seeds": 3, "data_fingerprint": digits.fingerprint}
+    rebuild(make_study(folder, fakes, runs.tracking_uri, **facts))
+    return load_runs(["digits-study", "again"], runs.tracking_uri)
+
+
+@pytest.fixture
+def truth_of_trainings(judged: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    truth = {"lucky-1": 0.5, "lucky-2": 0.6, "lucky-3": 0.7, "honest-1": 0.8, "honest-2": 0.8, "honest-3": 0.86}
+    for name, value in truth.items():
+        monkeypatch.setitem(TRUE, name, value)
+    return truth
+
+
+def test_what_was_trained_again_is_no_part_of_the_selection(repeated: Runs, truth_of_trainings: Any) -> None:
+    assert list(evaluate_top(repeated, top=2)["trial"]) == ["lucky", "honest"]
+
+
+def test_the_mean_over_new_trainings_has_student_s_interval(
+    repeated: Runs, truth_of_trainings: dict[str, float]
+) -> None:
+    row = evaluate_top(repeated, top=2, seeds=3).to_dict("records")[0]
+    values = [truth_of_trainings[f"lucky-{number}"] for number in (1, 2, 3)]
+    low, high = stats.t.interval(0.95, 2, loc=np.mean(values), scale=stats.sem(values))
+    told = [row["trainings"], row["retrained"], row["retrained_low"], row["retrained_high"]]
+    assert told == pytest.approx([3, np.mean(values), low, high])
+
+
+def test_an_order_that_new_trainings_turn_around_is_said_not_to_hold(repeated: Runs, truth_of_trainings: Any) -> None:
+    words = evaluate_top(repeated, top=2).attrs["words"]
+    told = "The order does not hold when they are trained again: honest has the best mean"
+    assert f"{told}, but the intervals overlap: more seeds would tell." in words  # 0.6 ±0.25 and 0.82 ±0.09
+
+
+def test_what_was_not_trained_again_has_no_such_mean(repeated: Runs, truth_of_trainings: Any) -> None:
+    table = evaluate_top(repeated, top=3)
+    assert list(table["trainings"]) == [3, 3, 0]
+    assert math.isnan(table["retrained"].iloc[2])
+    assert not any("order" in line and "trained again" in line for line in table.attrs["words"])
+
+
+def test_both_studies_together_cost_what_the_second_says(repeated: Runs) -> None:
+    second = repeated.studies[1].statement
+    assert f"ε ≤ {math.ceil(second['study_epsilon'] * 1000) / 1000:g}" in guarantee(repeated).splitlines()[-1]
+
+
+def test_a_repeating_study_alone_is_ranked_like_any_other(repeated: Runs) -> None:
+    alone = load_runs("again", repeated.tracking_uri)
+    assert len(best(alone)) == 2

@@ -288,6 +288,56 @@ def test_a_trial_that_the_scheduler_stops_ends_at_its_report_and_is_charged_no_m
     assert outcome.best.name == "trial-0002"
 
 
+# A failure.
+
+
+@pytest.fixture(scope="module")
+def retried(root: Path) -> tuple[StudyFolder, dict[str, Any], Outcome, Outcome]:
+    """A study whose first searched trial found its place taken; then the same without the obstacle, with
+    --retry-failed. What was told between the two, and both outcomes."""
+    path = write_study(root, "retried")
+    folder = folder_of(path)
+    obstacle = folder.run("trial-0001") / "config.yaml"
+    obstacle.parent.mkdir(parents=True)
+    obstacle.write_text("of another trial")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tune.choice.judge", no_judge)
+        first = run_study(load_study(path))
+        between = summarise(first, load_study(path))
+        obstacle.unlink()
+        return folder, between, first, run_study(load_study(path), retry_failed=True)
+
+
+@SLOW
+def test_a_failed_trial_is_told_with_its_reason_and_the_study_goes_on(retried: Any) -> None:
+    _, between, first, _ = retried
+    assert between["trials"] == {"baseline-control": "completed", "trial-0001": "failed", "trial-0002": "completed"}
+    assert "holds another trial" in between["failed"]["trial-0001"]
+    assert first.finished
+
+
+@SLOW
+def test_retrying_runs_the_failures_again_and_nothing_else(retried: Any) -> None:
+    folder, *_ = retried
+    assert states(folder) == dict.fromkeys(TRIALS, "completed")
+    assert [attempts(folder, name) for name in TRIALS] == [1, 1, 1]
+
+
+@SLOW
+def test_a_trial_that_was_retried_is_charged_once_and_known_to_the_search(retried: Any) -> None:
+    folder, _, first, second = retried
+    assert second.statement["study_epsilon"] == first.statement["study_epsilon"]
+    told = open_optuna(load_study(folder.path / "study.yaml"), folder).trials
+    assert sorted(trial.state.name for trial in told) == ["COMPLETE", "COMPLETE", "FAIL"]  # the last was run again
+
+
+@SLOW
+def test_mlflow_shows_a_retried_trial_once_finished_and_without_its_error(retried: Any) -> None:
+    folder, *_ = retried
+    assert statuses(folder) == dict.fromkeys(TRIALS, "FINISHED")
+    assert not [run for run in runs_of(folder) if schema.ERROR_TAG in run.data.tags]
+
+
 # Once more.
 
 

@@ -24,6 +24,7 @@ from ray import tune
 from dpsink.config import TrialConfig, load_config
 from dpsink.privacy.budget import charged_steps
 from dpsink.records import latest_checkpoint, read_state
+from tests.test_sweep import wait_for
 from tune import cluster, schema
 from tune.cluster import TooLarge
 from tune.folder import StudyFolder
@@ -80,16 +81,6 @@ def reservations(folder: StudyFolder, name: str) -> int:
 
 def has_reserved(folder: StudyFolder, name: str) -> bool:
     return reservations(folder, name) > 0
-
-
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE) -> Any:
-    """The condition's first true value."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.02)
-    pytest.fail(f"waited {seconds:.0f} s for {what}")
 
 
 # The engine, in this process.

@@ -46,7 +46,8 @@ def forecast(study: Study, data_root: Path | None) -> dict[str, Any]:
     rows = [
         _row(name, study.seeds, [plan.baselines[name]], [study.baseline(name)], clock) for name in study.baselines
     ] + [_row("search", _searched(study) * study.seeds, plan.searched, inside, clock)]
-    concurrency = study.resources.concurrency or max(1, int((os.cpu_count() or 1) // study.resources.cpu))
+    here = study.resources.fit_in(os.cpu_count() or 1, torch.cuda.device_count())
+    concurrency = study.resources.concurrency or max(1, here)
     seconds = _total(rows, concurrency)
     price = study.resources.price_per_hour
     return {

@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-# Ray reads these when it is imported: a quiet console, and no snapshots of what the study folder already holds.
+# Ray reads these when it is imported: a quiet console, and no copies of what the study folder already holds.
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "0")
+os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # files that nobody reads, and a thread for each trial
+os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"  # of a report that Tune cannot read: `tune/wire.py`
 os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # signals are ours
@@ -29,6 +30,7 @@ from tune.room import FULL, NoRoom, require_room
 from tune.search import StudySearcher
 from tune.study import Study
 from tune.trainable import run_trial
+from tune.wire import unpacked
 
 NO_MEMORY = "a node ran out of memory; a lower resources.concurrency needs less"
 WORKER_RETRIES = 2  # of one trial whose process died
@@ -82,7 +84,7 @@ class _Relay(tune.Callback):
         require_room(self.place)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
-        self.listener.progressed(trial.config["trial"], result)
+        self.listener.progressed(trial.config["trial"], unpacked(result))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.listener.recovered(trial.config["trial"], _reason(trial))

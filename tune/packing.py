@@ -34,6 +34,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpsink.errors import InputError
+from tune.wire import packed
 
 if TYPE_CHECKING:
     from dpsink.config import DataConfig, TrialConfig
@@ -89,7 +90,7 @@ class News:
     """What a trial has to tell: a report, or why it failed.
 
     Attributes:
-        values: of the report, flat, as Tune takes them.
+        values: of the report, flat.
         ended: whether nothing will follow.
         error: one line; empty in a report.
         kind: name of the error's class.
@@ -160,7 +161,7 @@ class _Client:
         if news is None:
             return False
         news.raise_error()
-        tune.report(news.values)
+        tune.report(packed(news.values))
         self.told, self.losses = news.values["step"], 0
         return news.ended
 

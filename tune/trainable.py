@@ -10,6 +10,7 @@ from dpsink.data import load_dataset
 from dpsink.records import Report
 from dpsink.training import read_result, train, use_threads
 from tune.folder import StudyFolder
+from tune.wire import packed
 
 
 def run_trial(config: dict[str, Any], device: str = "cpu") -> None:
@@ -29,13 +30,13 @@ def run_trial(config: dict[str, Any], device: str = "cpu") -> None:
     run = folder.run(record.name)
     ended = read_result(run)
     if ended is not None:  # the process died between the last checkpoint and its report
-        tune.report(flat(ended))
+        tune.report(packed(flat(ended)))
         return
     data = load_dataset(record.config.data, root=Path(config["data_root"]))
     for report in train(record.config, data, run, performance=performance):
-        tune.report(flat(report))
+        tune.report(packed(flat(report)))
 
 
 def flat(report: Report) -> dict[str, Any]:
-    """A report as Tune takes it."""
+    """A report without levels."""
     return {**report.model_dump(exclude={"metrics"}), **report.metrics}

@@ -15,6 +15,7 @@ HEAD = ["study", "config_id", "trial", "seeds"]
 SE = "_se"  # suffix of a standard error's column
 CONTROL = "class_mean"  # kind of the generator without variety
 SHOWN = ("fid", "accuracy", "variety", "recall")
+USUAL = ("fid", "accuracy")  # what is looked at where nobody says by what
 
 
 def best(
@@ -52,6 +53,15 @@ def ranked_by(runs: Runs, rule: Rule, *, epsilon: float | None = None, where: Se
 def rule_of(runs: Runs, by: str | Sequence[str] = (), weights: str | None = None) -> Rule:
     """A rule from words, by default the study's own objectives in turn."""
     return parse_rule(by or ([] if weights else runs.study.objectives), weights)
+
+
+def usual_rules(runs: Runs) -> list[Rule]:
+    """FID and accuracy, each by itself; where no run has either, the study's objective.
+
+    A private validation split has no FID, and a study need not run all classifiers.
+    """
+    searched = comparable(runs, schema.ROLE_SEARCH)
+    return [parse_rule(metric) for metric in USUAL if bool(searched[metric].notna().any())] or [rule_of(runs)]
 
 
 def configurations(runs: Runs, role: str = schema.ROLE_SEARCH) -> pd.DataFrame:

@@ -121,7 +121,8 @@ def pareto_picture(found: pd.DataFrame, control: Row | None) -> Picture:
     shown = [*rows_of(found), *([control] if control and _finite(control, x, y) else [])]
     across, up = (Scale.of(row[name] for row in shown) for name in (x, y))
     picture = _framed(f"{called(y)} against {called(x)}", pareto_in_words(found), across, up, called(x), called(y))
-    low, high = float(found[schema.EPSILON].min()), float(found[schema.EPSILON].max())
+    spent = [float(row[schema.EPSILON]) for row in rows_of(found)]
+    low, high = min(spent), max(spent)
     for row in sorted(rows_of(found), key=lambda row: row["on_front"]):
         kind = _shade(row[schema.EPSILON], low, high) if row["on_front"] else "dominated"
         picture.marks.append(Mark(*_at(across, up, row[x], row[y]), kind, _told(row)))
@@ -181,7 +182,7 @@ def parallel_picture(ranked: pd.DataFrame, searched: Sequence[Dimension], metric
     columns += [[_goodness(metric, scales[metric], row[metric]) for row in rows] for metric in metrics]
     axes = [TOP + 18 + ROW * index for index in range(len(columns))]
     words = f"{count} configurations, {len(searched)} settings above and what they reached below; right is better"
-    picture = Picture("settings and what they reached", words, height=axes[-1] + 26)
+    picture = Picture("parallel coordinates", words, height=axes[-1] + 26)
     for index in reversed(_drawn(count)):
         kind = "first" if index == 0 else "top" if index < max(2, TOP_PART * count) else "rest"
         points = tuple((_across(column[index]), float(y)) for column, y in zip(columns, axes, strict=True))

@@ -9,6 +9,7 @@ import hashlib
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -17,6 +18,9 @@ from analysis.runs import Runs
 from analysis.sections import is_sealed, sections
 from dpsink.errors import InputError
 from tune import schema
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 TEMPLATES = Path(__file__).with_name("templates")
 REPORT = Path("report.html")
@@ -73,7 +77,7 @@ def _slug(title: str) -> str:
     return re.sub(r"\W+", "-", title.lower()).strip("-")
 
 
-def _data_uri(picture) -> str:
+def _data_uri(picture: "Image.Image") -> str:
     from dpsink.synthesis import encode_png
 
     return f"data:image/png;base64,{base64.b64encode(encode_png(picture)).decode()}"

@@ -20,11 +20,12 @@ from analysis.drawings import Picture, curve_picture, parallel_picture, pareto_p
 from analysis.effects import dimensions, importance
 from analysis.figures import grid_of
 from analysis.fronts import METRICS, pareto, pareto_in_words
-from analysis.rules import called
-from analysis.runs import ALL_QUALITY, Row, Runs, StudyFacts, rows_of
+from analysis.rules import called, ordered
+from analysis.runs import Row, Runs, StudyFacts, rows_of
 from analysis.selection import (
     SHOWN,
-    configurations,
+    baseline_configurations,
+    comparable,
     control_in_words,
     control_of,
     ranked_by,
@@ -113,33 +114,34 @@ class Material:
 
     @cached_property
     def chosen(self) -> dict[str, Row]:
-        """The runs that are looked at closely: of the best, the median and the worst configuration the best seed."""
-        rows, rule = rows_of(self.ranked), rule_of(self.runs)
-        places = {"best": 0, "worst": len(rows) - 1, "median": (len(rows) - 1) // 2}
-        picked = {place: name for name, place in reversed(places.items())}  # a place has one name, best before all
-        return {picked[place]: run_of(self.runs, rows[place], rule) for place in sorted(picked)}
-
-    @cached_property
-    def control(self) -> Row | None:
-        """The class-mean control beside the best run."""
-        return control_of(self.runs, self.chosen["best"])
+        """The runs that are looked at closely: the one to take, and the median and the worst of all, if others."""
+        rule = rule_of(self.runs)
+        runs = rows_of(ordered(comparable(self.runs, schema.ROLE_SEARCH), rule))
+        best = run_of(self.runs, rows_of(self.ranked.head(1))[0], rule)
+        picked = {"best": best, "median": runs[(len(runs) - 1) // 2], "worst": runs[-1]}
+        first = {run["run_id"]: name for name, run in reversed(picked.items())}  # who is two of them stands there once
+        return {name: run for name, run in picked.items() if first[run["run_id"]] == name}
 
     @cached_property
     def beside(self) -> list[tuple[str, Row]]:
-        """The baselines, by means over their seeds; the control first."""
-        if not (self.runs.accepted["role"] == schema.ROLE_BASELINE).any():
-            return []
-        rows, control = rows_of(configurations(self.runs, schema.ROLE_BASELINE)), self.control or {}
-        mine = [
-            row for row in rows if (row["study"], row["config_id"]) == (control.get("study"), control.get("config_id"))
-        ]
-        others = [row for row in rows if row not in mine]
-        return [(CONTROL, row) for row in mine] + [("baseline", row) for row in others]
+        """The baselines, by means over their seeds; the control of the best run first."""
+        control = control_of(self.runs, self.chosen["best"]) or {}
+        found = [(_same(row, control), row) for row in baseline_configurations(self.runs)]
+        return [(CONTROL if same else "baseline", row) for same, row in sorted(found, key=lambda one: not one[0])]
+
+    @property
+    def control(self) -> Row | None:
+        """The class-mean control beside the best run."""
+        return next((row for head, row in self.beside if head == CONTROL), None)
 
     @property
     def sealed(self) -> bool:
         """Whether only winners are published."""
         return all(is_sealed(study) for study in self.runs.studies)
+
+
+def _same(row: Row, other: Row) -> bool:
+    return (row["study"], row["config_id"]) == (other.get("study"), other.get("config_id"))
 
 
 def is_sealed(study: StudyFacts) -> bool:
@@ -194,7 +196,7 @@ def _alarms(runs: Runs) -> list[str]:
     for study in runs.studies:
         if not math.isfinite(study.target_epsilon) or study.statement.get("non_private"):
             alarms.append(f"{NON_PRIVATE}: study {study.name} gives no privacy as a whole.")
-    free = (runs.table["private"] == NON_PRIVATE).sum()
+    free = runs.table["private"].tolist().count(NON_PRIVATE)
     if free:
         alarms.append(f"{NON_PRIVATE}: {free} of the runs were trained without noise; they are set apart below.")
     return alarms
@@ -214,9 +216,11 @@ def _statement(runs: Runs, study: StudyFacts, section: Section) -> dict[str, Any
 
 
 def _promised(runs: Runs, study: StudyFacts, statement: dict[str, Any]) -> list[list[str]]:
-    mine = runs.table[runs.table["study"] == study.name]
+    mine = [row for row in rows_of(runs.table) if row["study"] == study.name]
     told = statement.get("accountants")
-    accountants = told if isinstance(told, list) else sorted({str(one) for one in mine["accountant"].dropna()})
+    accountants = (
+        told if isinstance(told, list) else sorted({str(row["accountant"]) for row in mine if row["accountant"]})
+    )
     whole, spent = statement.get("study_epsilon"), statement.get("spent")
     rows = [
         ["target", f"each trial ε ≤ {study.target_epsilon:g} at δ = {study.delta:g}"],
@@ -235,12 +239,12 @@ def _promised(runs: Runs, study: StudyFacts, statement: dict[str, Any]) -> list[
     return rows
 
 
-def _splits(mine: pd.DataFrame) -> str:
+def _splits(mine: list[Row]) -> str:
     """Who may see what, as the trials say."""
     told = []
     for split in ("validation", "test"):
-        values = sorted({str(one) for one in mine.get(f"data.{split}", pd.Series(dtype=str)).dropna()})
-        told.append(f"{split} images {' and '.join(values) or 'of unknown kind'}")
+        values = sorted({str(row.get(f"data.{split}", "of unknown kind")) for row in mine})
+        told.append(f"{split} images {' and '.join(values)}")
     return f"training images private, {', '.join(told)}"
 
 
@@ -251,16 +255,14 @@ def _best(material: Material, section: Section) -> None:
     runs = material.runs
     section.words.append(
         "Selected on validation: configurations are ranked by the means of their seeds there, ± their standard error. "
-        "Judged on test, which selected nothing, are the runs that the study chose at its end, and what was judged again."
+        "Judged on test, which selected nothing: the runs that the study chose at its end, and what was judged again. "
+        "An accuracy that the class-mean control reaches too says nothing about the samples; variety and recall do."
     )
     for rule in usual_rules(runs):
         ranked = ranked_by(runs, rule)
         title = f"Best by {rule.title}: {min(TOP, len(ranked))} of {len(ranked)} configurations"
         listed = [(str(row["rank"]), row) for row in rows_of(ranked.head(TOP))]
         section.tables.append(_quality_table(title, [*listed, *material.beside], rule.metrics))
-        section.words.append(control_in_words(runs, run_of(runs, listed[0][1], rule)))
-    section.words = list(dict.fromkeys(section.words))
-    _judged_again(material, section)
 
 
 def _quality_table(title: str, listed: Sequence[tuple[str, Row]], metrics: Sequence[str] = ()) -> Table:
@@ -270,13 +272,20 @@ def _quality_table(title: str, listed: Sequence[tuple[str, Row]], metrics: Seque
     judges = [schema.TEST_PREFIX + name for name in selects if not name.startswith(schema.TEST_PREFIX)]
     judges = [name for name in judges if any(_has(row, name) for _, row in listed)]
     rows = [
-        [head, row["trial"], str(row["seeds"]), metric_text(row[schema.EPSILON]), *(with_error(row, name) for name in (*selects, *judges))]
+        [_named(head, row), metric_text(row[schema.EPSILON])]
+        + [with_error(row, name).replace(" ±", "\n±") for name in (*selects, *judges)]
         for head, row in listed
-    ]  # fmt: skip
+    ]
     names = [called(name.removeprefix(schema.TEST_PREFIX)) for name in (*selects, *judges)]
-    groups = [("", 4), ("validation: selects", len(selects)), ("test: judges", len(judges))]
-    return Table(title, ("", "trial", "seeds", "ε", *names), rows, [_kind(head) for head, _ in listed],
-                 [group for group in groups if group[1]])  # fmt: skip
+    groups = [("", 2), ("validation: selects", len(selects)), ("test: judges", len(judges))]
+    kinds = [_kind(head) for head, _ in listed]
+    return Table(title, ("configuration", "ε", *names), rows, kinds, [group for group in groups if group[1]])
+
+
+def _named(head: str, configuration: Row) -> str:
+    """What stands first in a row: rank or role, the first of its trials, and how many there are."""
+    seeds = f"\n{configuration['seeds']} seeds" if configuration["seeds"] > 1 else ""
+    return f"{head}{'.' if head.isdigit() else ':'} {configuration['trial']}{seeds}"
 
 
 def _has(row: Row, name: str) -> bool:
@@ -296,9 +305,9 @@ def _judged_again(material: Material, section: Section) -> None:
         return
     section.words += [*found.get("words", ()), *found.get("skipped", ())]
     rows = [_judged_row(row) for row in found["rows"]]
-    rows += [_control_row(row, str(found.get("value"))) for head, row in material.beside if head == CONTROL]
-    columns = ("", "trial", "ε", "selected", "judged", "95 %", "best of them", "variety on test", "recall on test")
-    kinds = ["control" if row[0] == CONTROL else "" for row in rows]
+    rows += [_control_row(material.control, str(found.get("value")))] if material.control else []
+    columns = ("generator", "ε", "selected", "judged", "95 %", "chance to be best", "variety on test", "recall on test")
+    kinds = [*[""] * len(found["rows"]), "control"][: len(rows)]
     section.tables.append(Table(f"Judged again: {found.get('value')}", columns, rows, kinds))
 
 
@@ -307,8 +316,7 @@ def _judged_row(row: Row) -> list[str]:
     interval = f"[{metric_text(row.get('judged_low'))}, {metric_text(row.get('judged_high'))}]"
     beside = [metric_text(row.get(f"test_{name}")) for name in ("variety", "recall")]
     return [
-        str(row.get("rank")),
-        str(row["trial"]),
+        f"{row.get('rank')}. {row['trial']}",
         *numbers,
         interval,
         f"{row.get('probability_best', math.nan):.0%}",
@@ -321,7 +329,7 @@ def _control_row(control: Row, value: str) -> list[str]:
     metric = next((name for name in schema.QUALITY if called(name) == value), "")
     names = (schema.EPSILON, metric, f"test_{metric}")
     beside = [metric_text(control.get(f"test_{name}")) for name in ("variety", "recall")]
-    return [CONTROL, control["trial"], *(metric_text(control.get(name)) for name in names), "–", "–", *beside]
+    return [f"{CONTROL}: {control['trial']}", *(metric_text(control.get(name)) for name in names), "–", "–", *beside]
 
 
 # Pictures.
@@ -332,9 +340,10 @@ def _tradeoffs(material: Material, section: Section) -> None:
     found = pareto(material.runs, metrics)
     section.pictures.append(pareto_picture(found, material.control))
     section.words.append(pareto_in_words(found) + ".")
-    front = [(str(number), row) for number, row in enumerate(rows_of(found[found["on_front"]].head(4 * TOP)), 1)]
-    control = [one for one in material.beside if one[0] == CONTROL]
-    title = f"On the front: {len(front)} of {int(found['on_front'].sum())}"
+    on_front = [row for row in rows_of(found) if row["on_front"]]
+    front = [(str(number), row) for number, row in enumerate(on_front[: 4 * TOP], 1)]
+    control = [(CONTROL, material.control)] if material.control else []
+    title = f"On the front: {len(front)} of {len(on_front)}"
     section.tables.append(_quality_table(title, [*front, *control]))
 
 
@@ -377,8 +386,8 @@ def _curves(material: Material, section: Section) -> None:
             section.pictures.append(curve_picture(metric, drawn, material.control))
     if section.pictures:
         section.words.append(
-            f"What each run had reached on validation when it had been charged an ε: the best, the median and the worst "
-            f"configuration by {rule_of(material.runs).title}, of each its best seed."
+            "What each run had reached on validation when it had been charged an ε: the best seed of the best "
+            f"configuration, the median and the worst of all runs by {rule_of(material.runs).title}."
         )
 
 
@@ -434,7 +443,7 @@ def _set_apart(material: Material, section: Section) -> None:
 def _compared(material: Material, section: Section) -> None:
     runs, told = material.runs, read_yaml(PUBLISHED)
     best = [rows_of(ranked_by(runs, rule).head(1))[0] | {"by": rule.title} for rule in usual_rules(runs)]
-    control = [row for head, row in material.beside if head == CONTROL]
+    control = [material.control] if material.control else []
     section.words += dict.fromkeys(control_in_words(runs, row) for row in best)
     published = told.get(runs.study.data_name, [])
     with_fid = runs.study.extractor.startswith("inception")
@@ -481,11 +490,15 @@ def _outlook(material: Material, section: Section) -> None:
     found = importance(material.runs)
     section.words += [found.attrs["note"]] if found.attrs["note"] else []
     rows = [
-        [row["parameter"], f"{row['fanova']:.0%}", f"{row['fanova_low']:.0%} to {row['fanova_high']:.0%}", row["verdict"], row["best"], row["advice"]]
+        [row["parameter"], f"{row['fanova']:.0%}", _span(row), row["verdict"], row["best"], row["advice"]]
         for row in rows_of(found)
-    ]  # fmt: skip
+    ]
     title = f"What made the difference in {called(found.attrs['metric'])}, and what to search next"
     section.tables.append(Table(title, ("setting", "share", "5 % to 95 %", "", "in the best", "search next"), rows))
+
+
+def _span(row: Row) -> str:
+    return f"{row['fanova_low']:.0%} to {row['fanova_high']:.0%}"
 
 
 def _reproduce(material: Material, section: Section) -> None:
@@ -497,9 +510,9 @@ def _reproduce(material: Material, section: Section) -> None:
     )
     section.code.append(("Commands", "\n".join(commands)))
     section.words.append(
-        "The noise has no seed: another run of the same study gives other generators of, up to that noise, the same quality. "
-        "On the same private data it is one more release, whose ε comes on top. Where the study's folder is, "
-        "the first command resumes it."
+        "The noise has no seed: another run of the study gives other generators, alike up to that noise. On the same "
+        "private data it is one more release, whose ε comes on top. Where the study's folder is, the first command "
+        "resumes it."
     )
     for study in runs.studies:
         text = _study_file(study)
@@ -525,6 +538,7 @@ def _study_file(study: StudyFacts) -> str | None:
 SECTIONS: tuple[tuple[str, Callable[[Material, Section], None]], ...] = (
     ("Privacy", _privacy),
     ("The best runs", _best),
+    ("Is the best really the best?", _judged_again),
     ("What can be had together", _tradeoffs),
     ("Settings and what they reached", _settings),
     ("Quality over ε", _curves),

@@ -75,7 +75,11 @@ def configurations(runs: Runs, role: str = schema.ROLE_SEARCH) -> pd.DataFrame:
     Raises:
         InputError: there is none.
     """
-    table = comparable(runs, role).sort_values(["study", "trial"])
+    return _means(comparable(runs, role))
+
+
+def _means(table: pd.DataFrame) -> pd.DataFrame:
+    table = table.sort_values(["study", "trial"])
     key = ["study", "config_id"]
     groups = table.groupby(key, sort=False, dropna=False)
     means = pd.DataFrame(groups[list(NUMBERS)].mean())
@@ -125,12 +129,17 @@ def baselines(runs: Runs) -> list[Row]:
     return rows_of(pd.DataFrame(accepted[accepted["role"] == schema.ROLE_BASELINE]))
 
 
+def baseline_configurations(runs: Runs) -> list[Row]:
+    """The accepted baselines, as `configurations` gives them; those of a study that repeats another too."""
+    accepted = comparable(runs)
+    return rows_of(_means(pd.DataFrame(accepted[accepted["role"] == schema.ROLE_BASELINE])))
+
+
 def control_of(runs: Runs, run: Row) -> Row | None:
-    """The class-mean control that was promised the same ε as a run; of its own study before another's."""
+    """The class-mean control that was promised the same ε as a run, the mean of its seeds; of its own study first."""
     target = "privacy.target_epsilon"
-    controls = [
-        one for one in baselines(runs) if one.get("generator.kind") == CONTROL and one.get(target) == run.get(target)
-    ]
+    found = baseline_configurations(runs)
+    controls = [one for one in found if one.get("generator.kind") == CONTROL and one.get(target) == run.get(target)]
     return min(controls, key=lambda one: one["study"] != run["study"], default=None)
 
 

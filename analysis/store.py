@@ -82,7 +82,7 @@ def _check_place(place: str, run_id: str, name: str) -> None:
     parts = urlsplit(place)
     if parts.scheme not in ("", "file"):
         return
-    root = Path(unquote(parts.path)).resolve()
+    root = Path(unquote(parts.path) if parts.scheme else place).resolve()
     if root.parts[-2:] != (run_id, "artifacts") or not (root / name).resolve().is_relative_to(root):
         raise InputError(f"'{name}' of run {run_id} is not among the run's own artifacts, and is not read")
 

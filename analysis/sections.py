@@ -156,10 +156,12 @@ def sections(runs: Runs, verdict: Path | None = None) -> list[Section]:
         verdict: where `evaluate_top` wrote, if it was told where.
 
     Raises:
-        InputError: there is nothing to compare.
+        InputError: there is nothing to compare, or no verdict on it where one was named.
     """
     material = Material(runs, verdict)
     _ = material.chosen  # nothing to compare is no report
+    if verdict:  # what was named must be there
+        read_verdict(runs, verdict)
     parts = [part for part in SECTIONS if not (material.sealed and part[1] in OF_MANY)]
     return [_section(title, make, material) for title, make in parts]
 
@@ -267,10 +269,9 @@ def _best(material: Material, section: Section) -> None:
 
 def _quality_table(title: str, listed: Sequence[tuple[str, Row]], metrics: Sequence[str] = ()) -> Table:
     """Rows with what selects them and what judges them; a head of a row is its rank, or what it is."""
-    asked = dict.fromkeys((*metrics, *SHOWN))
-    selects = [name for name in asked if any(_has(row, name) for _, row in listed)]
-    judges = [schema.TEST_PREFIX + name for name in selects if not name.startswith(schema.TEST_PREFIX)]
-    judges = [name for name in judges if any(_has(row, name) for _, row in listed)]
+    bare = [name.removeprefix(schema.TEST_PREFIX) for name in (*metrics, *SHOWN)]
+    selects = _shown(list(dict.fromkeys(bare)), listed)
+    judges = _shown([schema.TEST_PREFIX + name for name in dict.fromkeys(bare)], listed)
     rows = [
         [_named(head, row), metric_text(row[schema.EPSILON])]
         + [with_error(row, name).replace(" ±", "\n±") for name in (*selects, *judges)]
@@ -280,6 +281,13 @@ def _quality_table(title: str, listed: Sequence[tuple[str, Row]], metrics: Seque
     groups = [("", 2), ("validation: selects", len(selects)), ("test: judges", len(judges))]
     kinds = [_kind(head) for head, _ in listed]
     return Table(title, ("configuration", "ε", *names), rows, kinds, [group for group in groups if group[1]])
+
+
+def _shown(names: Sequence[str], listed: Sequence[tuple[str, Row]]) -> list[str]:
+    """The metrics that any row has; with an accuracy always those without which it says nothing, if only a dash."""
+    had = [name for name in names if any(_has(row, name) for _, row in listed)]
+    accuracy = any("accuracy" in name for name in had)
+    return [name for name in names if name in had or (accuracy and name.removeprefix(schema.TEST_PREFIX) in SHOWN[2:])]
 
 
 def _named(head: str, configuration: Row) -> str:

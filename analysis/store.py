@@ -70,7 +70,10 @@ def fetch_artifact(uri: str, run_id: str, name: str, folder: Path) -> Path | Non
         InputError: it cannot be read, or the store says that it lies outside the run's own artifacts.
     """
     with reading(uri) as client:
-        _check_place(client.get_run(run_id).info.artifact_uri or "", run_id, name)
+        place = client.get_run(run_id).info.artifact_uri
+        if not place:
+            return None
+        _check_place(place, run_id, name)
         if name not in {artifact.path for artifact in client.list_artifacts(run_id)}:
             return None
         folder.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ from dpsink.console import metric_text
 from tune import schema
 
 WIDTH, HEIGHT = 360, 262
-LEFT, RIGHT, TOP, BOTTOM = 48, 352, 8, 222  # of the axes
+LEFT, RIGHT, TOP, BOTTOM = 58, 352, 8, 222  # of the axes
 SHADES = 5  # of ε
 ROW = 46  # height of an axis of parallel coordinates
 MOST_LINES = 120  # more cannot be told apart
@@ -120,7 +120,7 @@ def pareto_picture(found: pd.DataFrame, control: Row | None) -> Picture:
     x, y, *_ = found.attrs["metrics"]
     shown = [*rows_of(found), *([control] if control and _finite(control, x, y) else [])]
     across, up = (Scale.of(row[name] for row in shown) for name in (x, y))
-    picture = _framed(f"{called(y)} against {called(x)}", pareto_in_words(found), across, up, called(x), called(y))
+    picture = _framed(f"{called(y)} against {called(x)}", pareto_in_words(found), across, up, _wanted(x), _wanted(y))
     spent = [float(row[schema.EPSILON]) for row in rows_of(found)]
     low, high = min(spent), max(spent)
     for row in sorted(rows_of(found), key=lambda row: row["on_front"]):
@@ -249,6 +249,11 @@ def _framed(title: str, words: str, across: Scale, up: Scale, x: str, y: str) ->
 
 def _at(across: Scale, up: Scale, x: float, y: float) -> tuple[float, float]:
     return round(LEFT + across.place(x) * (RIGHT - LEFT), 1), round(BOTTOM - up.place(y) * (BOTTOM - TOP), 1)
+
+
+def _wanted(metric: str) -> str:
+    less = metric == schema.EPSILON or schema.mode_of(metric) == "min"
+    return f"{called(metric)} ({'less' if less else 'more'} is better)"
 
 
 def _finite(row: Row, *names: str) -> bool:

@@ -1,7 +1,7 @@
 """Reads studies back from MLflow: selects, compares, judges, exports. What a notebook needs is here by name.
 
 `store` → `runs` → `conditions`, `rules` → `selection` → `fronts`, `effects`, `export` → `verdict` → `figures`,
-`charts` → `tables` → `cli`; each imports only what stands before it.
+`charts` → `tables` → `drawings` → `sections` → `page` → `cli`; each imports only what stands before it.
 """
 
 from importlib import import_module
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from analysis.export import export_run
     from analysis.figures import comparison_figure
     from analysis.fronts import pareto
+    from analysis.page import report
     from analysis.runs import load_runs
     from analysis.selection import best, configurations, select_best
     from analysis.verdict import evaluate_top
@@ -28,6 +29,7 @@ __all__ = [
     "load_runs",
     "pareto",
     "pareto_figure",
+    "report",
     "select_best",
     "verdict_figure",
 ]
@@ -39,6 +41,7 @@ _ROOMS = {
     "export": ("export_run",),
     "verdict": ("evaluate_top",),
     "figures": ("comparison_figure",),
+    "page": ("report",),
     "charts": ("importance_figure", "pareto_figure", "verdict_figure"),
 }
 

@@ -37,7 +37,6 @@ Weights = Annotated[str | None, typer.Option(help="instead of --by, a sum to max
 Epsilon = Annotated[float | None, typer.Option(help="the largest ε allowed")]
 Where = Annotated[list[str] | None, typer.Option(help="condition such as 'accuracy_cnn>0.8'; several must all hold")]
 
-CHOICES = ("fid", "accuracy")  # metrics that `best` selects by
 COMPARISON = "comparison.png"
 
 
@@ -231,6 +230,30 @@ def evaluate_top(
     _print_written(found.attrs["written"], plot)
 
 
+@app.command()
+def report(
+    studies: Studies,
+    out: Annotated[Path, typer.Option(help="HTML file to write")] = Path("report.html"),
+    verdict: Annotated[
+        Path | None, typer.Option(help="folder of evaluate-top; default exports/STUDY/evaluate-top")
+    ] = None,
+    tracking_uri: TrackingUri = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Write all that is known about studies as one HTML file: privacy first, for a phone, a desk and paper."""
+    from analysis import page
+    from analysis.tables import print_rejected
+
+    runs = _load(studies, tracking_uri)
+    written = page.report(runs, out, verdict=verdict, force=force)
+    if as_json:
+        console.print_json({**_head(runs), "written": str(written)})
+        return
+    print_rejected(runs)
+    _print_written(written)
+
+
 # What they have in common.
 
 
@@ -334,15 +357,10 @@ class Column:
 
 
 def _rules(runs: "Runs", by: Sequence[str] | None, weights: str | None) -> list["Rule"]:
-    """A private validation split has no FID, and a study need not run all classifiers."""
     from analysis.rules import parse_rule
-    from analysis.selection import comparable, rule_of
+    from analysis.selection import usual_rules
 
-    if by or weights:
-        return [parse_rule(by or (), weights)]
-    searched = comparable(runs, schema.ROLE_SEARCH)
-    had = [parse_rule(metric) for metric in CHOICES if bool(searched[metric].notna().any())]
-    return had or [rule_of(runs)]
+    return [parse_rule(by or (), weights)] if by or weights else usual_rules(runs)
 
 
 def _merged(columns: Sequence[Column]) -> list[Column]:

@@ -86,12 +86,12 @@ def importance(
     found = ordered(meeting(configurations(runs), where, epsilon), rule)
     metric = rule.metrics[0]
     losses = losses_of(found, metric)
-    dimensions = _dimensions(runs, found)
-    _check(runs, losses, dimensions, metric)
-    drawn = [_resample(dimensions, losses, np.random.default_rng((seed, turn))) for turn in range(RESAMPLES)]
-    rows = [_row(dimension, drawn, len(found), len(dimensions)) for dimension in dimensions]
+    searched = dimensions(runs, found)
+    _check(runs, losses, searched, metric)
+    drawn = [_resample(searched, losses, np.random.default_rng((seed, turn))) for turn in range(RESAMPLES)]
+    rows = [_row(dimension, drawn, len(found), len(searched)) for dimension in searched]
     table = pd.DataFrame(rows).sort_values("fanova", ascending=False, kind="stable").reset_index(drop=True)
-    table.attrs = {"metric": metric, "configurations": len(found), "note": _note(len(found), len(dimensions))}
+    table.attrs = {"metric": metric, "configurations": len(found), "note": _note(len(found), len(searched))}
     return table
 
 
@@ -116,8 +116,12 @@ def _note(count: int, parameters: int) -> str:
 # The search space.
 
 
-def _dimensions(runs: Runs, found: pd.DataFrame) -> list[Dimension]:
-    """Of the parameters that were searched, with two values at least, in all configurations."""
+def dimensions(runs: Runs, found: pd.DataFrame) -> list[Dimension]:
+    """The parameters that were searched, with two values at least, in all configurations.
+
+    Args:
+        found: configurations, as `configurations` gives them.
+    """
     told = {path: one for study in reversed(runs.studies) for path, one in study.space.items()}
     paths = dict.fromkeys(path for study in runs.studies for path in study.searched)
     made = [_dimension(path, pd.Series(found[path]), told.get(path)) for path in paths if path in found]

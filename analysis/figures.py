@@ -12,6 +12,7 @@ from PIL import Image
 from analysis.runs import Row, Runs
 from analysis.store import fetch_artifact
 from dpsink.console import metric_text
+from dpsink.errors import InputError
 from tune import schema
 
 if TYPE_CHECKING:  # its import takes a second
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # its import takes a second
 
 COLUMNS = 4  # panels in a row
 PANEL = (3.2, 4.1)  # inches
+MOST_PIXELS = 4_000_000  # of a run's samples
 LINES = (  # what stands under a panel: metric and its name, two to a line
     (("fid", "FID"), ("accuracy", "accuracy")),
     (("accuracy_logreg", "logreg"), ("accuracy_cnn", "CNN")),
@@ -44,17 +46,33 @@ def comparison_figure(runs: Runs, panels: Mapping[str, Row], *, title: str) -> "
     figure.suptitle(title, fontsize=11)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis, (name, run) in zip(axes, panels.items(), strict=False):
-        _draw(axis, name, run, _grid(runs, run))
+        _draw(axis, name, run, grid_of(runs, run))
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     return figure
 
 
-def _grid(runs: Runs, run: Row) -> "Image.Image | None":
-    """The samples that MLflow shows of a run; None if it has none."""
+def grid_of(runs: Runs, run: Row) -> "Image.Image | None":
+    """The samples that MLflow shows of a run; None if it has none.
+
+    Raises:
+        InputError: what it shows is no PNG, is far larger than samples are, or cannot be read.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = fetch_artifact(runs.tracking_uri, run["run_id"], schema.GRID_ARTIFACT, Path(folder))
-        return Image.open(path).convert("RGB") if path else None
+        return _open_png(path, run) if path else None
+
+
+def _open_png(path: Path, run: Row) -> "Image.Image":
+    """Whoever writes to MLflow decides what lies there: nothing but the pixels of a PNG is taken."""
+    what = f"{schema.GRID_ARTIFACT} of trial {run['trial']}"
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            if picture.width * picture.height > MOST_PIXELS:
+                raise InputError(f"{what} has {picture.width} × {picture.height} pixels, too many for samples")
+            return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # all that Pillow says of broken files
+        raise InputError(f"{what} is no PNG that can be read") from None
 
 
 def _draw(axis: "Axes", name: str, run: Row, grid: "Image.Image | None") -> None:

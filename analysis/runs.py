@@ -33,6 +33,7 @@ TAGS = {  # column to tag
     "data_fingerprint": schema.FINGERPRINT_TAG,
     "fid_extractor": schema.EXTRACTOR_TAG,
     "private": schema.PRIVATE_TAG,
+    "accountant": schema.ACCOUNTANT_TAG,
     "error": schema.ERROR_TAG,
     "folder": schema.FOLDER_TAG,
 }

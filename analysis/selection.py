@@ -15,6 +15,7 @@ HEAD = ["study", "config_id", "trial", "seeds"]
 SE = "_se"  # suffix of a standard error's column
 CONTROL = "class_mean"  # kind of the generator without variety
 SHOWN = ("fid", "accuracy", "variety", "recall")
+USUAL = ("fid", "accuracy")  # what is looked at where nobody says by what
 
 
 def best(
@@ -54,6 +55,15 @@ def rule_of(runs: Runs, by: str | Sequence[str] = (), weights: str | None = None
     return parse_rule(by or ([] if weights else runs.study.objectives), weights)
 
 
+def usual_rules(runs: Runs) -> list[Rule]:
+    """FID and accuracy, each by itself; where no run has either, the study's objective.
+
+    A private validation split has no FID, and a study need not run all classifiers.
+    """
+    searched = comparable(runs, schema.ROLE_SEARCH)
+    return [parse_rule(metric) for metric in USUAL if bool(searched[metric].notna().any())] or [rule_of(runs)]
+
+
 def configurations(runs: Runs, role: str = schema.ROLE_SEARCH) -> pd.DataFrame:
     """One row per configuration that may be compared: what all its seeds have in common, and their means.
 
@@ -65,7 +75,11 @@ def configurations(runs: Runs, role: str = schema.ROLE_SEARCH) -> pd.DataFrame:
     Raises:
         InputError: there is none.
     """
-    table = comparable(runs, role).sort_values(["study", "trial"])
+    return _means(comparable(runs, role))
+
+
+def _means(table: pd.DataFrame) -> pd.DataFrame:
+    table = table.sort_values(["study", "trial"])
     key = ["study", "config_id"]
     groups = table.groupby(key, sort=False, dropna=False)
     means = pd.DataFrame(groups[list(NUMBERS)].mean())
@@ -125,12 +139,17 @@ def baselines(runs: Runs) -> list[Row]:
     return rows_of(pd.DataFrame(accepted[accepted["role"] == schema.ROLE_BASELINE]))
 
 
+def baseline_configurations(runs: Runs) -> list[Row]:
+    """The accepted baselines, as `configurations` gives them; those of a study that repeats another too."""
+    accepted = comparable(runs)
+    return rows_of(_means(pd.DataFrame(accepted[accepted["role"] == schema.ROLE_BASELINE])))
+
+
 def control_of(runs: Runs, run: Row) -> Row | None:
-    """The class-mean control that was promised the same ε as a run; of its own study before another's."""
+    """The class-mean control that was promised the same ε as a run, the mean of its seeds; of its own study first."""
     target = "privacy.target_epsilon"
-    controls = [
-        one for one in baselines(runs) if one.get("generator.kind") == CONTROL and one.get(target) == run.get(target)
-    ]
+    found = baseline_configurations(runs)
+    controls = [one for one in found if one.get("generator.kind") == CONTROL and one.get(target) == run.get(target)]
     return min(controls, key=lambda one: one["study"] != run["study"], default=None)
 
 

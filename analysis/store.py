@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from dpsink.errors import InputError
 from tune import schema
@@ -63,12 +64,45 @@ def reading(uri: str) -> Iterator["MlflowClient"]:
 
 
 def fetch_artifact(uri: str, run_id: str, name: str, folder: Path) -> Path | None:
-    """Copies an artifact of a run into a folder; None if the run has none of that name."""
+    """Copies an artifact of a run into a folder; None if the run has none of that name.
+
+    Raises:
+        InputError: it cannot be read, or the store says that it lies outside the run's own artifacts.
+    """
     with reading(uri) as client:
+        place = client.get_run(run_id).info.artifact_uri
+        if not place:
+            return None
+        _check_place(place, run_id, name)
         if name not in {artifact.path for artifact in client.list_artifacts(run_id)}:
             return None
         folder.mkdir(exist_ok=True)
         return Path(client.download_artifacts(run_id, name, str(folder)))
+
+
+def _check_place(place: str, run_id: str, name: str) -> None:
+    """A store may be anybody's: one that calls a person's file a run's artifact would have it shown to others."""
+    parts = urlsplit(place)
+    if parts.scheme not in ("", "file"):
+        return
+    root = Path(unquote(parts.path) if parts.scheme else place).resolve()
+    if root.parts[-2:] != (run_id, "artifacts") or not (root / name).resolve().is_relative_to(root):
+        raise InputError(f"'{name}' of run {run_id} is not among the run's own artifacts, and is not read")
+
+
+def fetch_history(uri: str, run_id: str, metrics: Sequence[str]) -> dict[str, dict[int, float]]:
+    """What a run reported on its way: metric to step to value, by step; without the metrics it has not.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    with reading(uri) as client:
+        told = {name: client.get_metric_history(run_id, name) for name in metrics}
+    return {
+        name: {point.step: point.value for point in sorted(points, key=lambda point: point.step)}
+        for name, points in told.items()
+        if points
+    }
 
 
 def _database(uri: str) -> Path | None:

@@ -70,19 +70,20 @@ def guarantee(runs: Runs) -> str:
     if not all("study_epsilon" in one and "study_delta" in one for one in told):
         return "\n".join([*lines, "no claim for the studies together"])
     epsilon, delta = (sum(float(one[name]) for one in told) for name in ("study_epsilon", "study_delta"))
-    return "\n".join([*lines, f"together, by basic composition: ε ≤ {_rounded_up(epsilon)}, δ ≤ {delta:g}"])
+    return "\n".join([*lines, f"together, by basic composition: ε ≤ {rounded_up(epsilon)}, δ ≤ {delta:g}"])
 
 
 def _promise(runs: Runs, index: int) -> str:
     facts, statement = runs.studies[index], runs.studies[index].statement
     whole = statement.get("study_epsilon")
-    claim = "no claim for the whole study" if whole is None else f"whole study ε ≤ {_rounded_up(whole)}"
+    claim = "no claim for the whole study" if whole is None else f"whole study ε ≤ {rounded_up(whole)}"
     policy = f" ({statement['policy']})" if "policy" in statement else ""
     name = f"{facts.name}: " if len(runs.studies) > 1 else ""
     return f"{name}each trial ε ≤ {facts.target_epsilon:g}, {claim}{policy}, δ = {facts.delta:g}"
 
 
-def _rounded_up(epsilon: float | str) -> str:
+def rounded_up(epsilon: float | str) -> str:
+    """An ε for people, never below what it is."""
     from dpsink.privacy.plan import NON_PRIVATE
 
     value = float(epsilon)

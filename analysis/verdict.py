@@ -80,7 +80,7 @@ def evaluate_top(
     """
     rule = rule_of(runs, by, weights)
     _check(rule, top, seeds)
-    place = out or default_folder(runs) / "evaluate-top"
+    place = out or default_place(runs)
     if (place / RESULT).exists() and not force:
         raise InputError(f"{place / RESULT}: exists; choose another --out, or --force to replace it")
     ranked = ranked_by(runs, rule, epsilon=epsilon, where=where)
@@ -137,6 +137,31 @@ def _trained_again(runs: Runs, row: Row, skipped: list[str]) -> list[tuple[Row, 
             found.append((run, checkpoint_of(run)))
         except InputError as error:
             skipped.append(str(error))
+    return found
+
+
+def default_place(runs: Runs) -> Path:
+    """Where results are written that nobody has given another place."""
+    return default_folder(runs) / "evaluate-top"
+
+
+def read_verdict(runs: Runs, place: Path | None = None) -> dict[str, Any] | None:
+    """What `evaluate_top` found about these runs: `rows`, `words`, `value`, `skipped`; None before it has.
+
+    Raises:
+        InputError: a place that was named holds no result, or it is about other runs.
+    """
+    path = (place or default_place(runs)) / RESULT
+    if not path.exists():
+        if place:
+            raise InputError(f"{path}: no such result; run `dpsink-analysis evaluate-top --out {place}` first")
+        return None
+    found = read_json(path)
+    known = {(row["study"], row["config_id"], row["trial"], row[schema.EPSILON]) for row in rows_of(runs.accepted)}
+    rows = found.get("rows") or [{}]
+    told = [(row.get("study"), row.get("config_id"), row.get("trial"), row.get(schema.EPSILON)) for row in rows]
+    if any(one not in known for one in told):
+        raise InputError(f"{path}: is about other runs than these; run `dpsink-analysis evaluate-top` again")
     return found
 
 

@@ -54,7 +54,7 @@ def test_every_python_block_runs() -> None:
     names: dict[str, Any] = {}
     for code in blocks(DOCUMENT, "python"):
         exec(code, names)
-    assert {"runs", "front.png", "effects.png"} <= {*names, *(path.name for path in Path().iterdir())}
+    assert {"runs", "front.png", "effects.png", "report.html"} <= {*names, *(path.name for path in Path().iterdir())}
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -67,9 +67,10 @@ def test_every_command_answers(line: str, monkeypatch: pytest.MonkeyPatch, capsy
     assert "quickstart: 7 of 7 runs accepted" in printed.out
 
 
-def test_there_are_five_questions_each_with_a_line_of_python_and_a_command() -> None:
-    assert len(blocks(DOCUMENT, "python")) == 1 + 5
-    assert [shlex.split(line)[1] for line in COMMANDS] == ["runs", "best", "pareto", "importance", "evaluate-top"]
+def test_there_are_five_questions_each_with_a_line_of_python_and_a_command_and_the_report() -> None:
+    assert len(blocks(DOCUMENT, "python")) == 1 + 5 + 1
+    asked = [shlex.split(line)[1] for line in COMMANDS]
+    assert asked == ["runs", "best", "pareto", "importance", "evaluate-top", "report"]
 
 
 def test_every_name_of_the_package_leads_to_a_function() -> None:

@@ -31,6 +31,7 @@ GRID_TAG = "dpsink.samples_sha256"  # which sample grid was logged last
 
 KIND_STUDY, KIND_TRIAL = "study", "trial"
 ROLE_BASELINE, ROLE_SEARCH = "baseline", "search"
+SEALING_POLICY, WINNER = "release_best", "winner"  # under that policy one trial is published, by that name
 
 STUDY_PARAM = "study."  # prefix of the study run's params: fields of `tune.folder.StudyRecord`
 DERIVED_STEPS = "derived.steps"

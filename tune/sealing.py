@@ -19,9 +19,9 @@ from tune.board import SealedBoard
 from tune.choice import judge_once, select_best
 from tune.cluster import TooLarge
 from tune.folder import StudyFolder, TrialEnd
+from tune.schema import WINNER
 from tune.session import Session
 
-WINNER = "winner"
 ERROR_LOG = "error.log"
 
 

@@ -314,7 +314,12 @@ def _judged_again(material: Material, section: Section) -> None:
     section.words += [*found.get("words", ()), *found.get("skipped", ())]
     rows = [_judged_row(row) for row in found["rows"]]
     rows += [_control_row(material.control, str(found.get("value")))] if material.control else []
-    columns = ("generator", "ε", "selected", "judged", "95 %", "chance to be best", "variety on test", "recall on test")
+    columns = [
+        "generator", "ε", "selected", "judged", "95 %", "chance to be best", "variety on test", "recall on test",
+        "trained again",
+    ]  # fmt: skip
+    if not any(row.get("trainings") for row in found["rows"]):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
     kinds = [*[""] * len(found["rows"]), "control"][: len(rows)]
     section.tables.append(Table(f"Judged again: {found.get('value')}", columns, rows, kinds))
 
@@ -329,7 +334,16 @@ def _judged_row(row: Row) -> list[str]:
         interval,
         f"{row.get('probability_best', math.nan):.0%}",
         *beside,
+        _retrained(row),
     ]
+
+
+def _retrained(row: Row) -> str:
+    """The mean of a configuration's new trainings, in the studies that repeat it."""
+    if not row.get("trainings"):
+        return "–"
+    mean, low, high = (metric_text(row[name]) for name in ("retrained", "retrained_low", "retrained_high"))
+    return f"{mean} [{low}, {high}], {row['trainings']} times"
 
 
 def _control_row(control: Row, value: str) -> list[str]:
@@ -337,7 +351,14 @@ def _control_row(control: Row, value: str) -> list[str]:
     metric = next((name for name in schema.QUALITY if called(name) == value), "")
     names = (schema.EPSILON, metric, f"test_{metric}")
     beside = [metric_text(control.get(f"test_{name}")) for name in ("variety", "recall")]
-    return [f"{CONTROL}: {control['trial']}", *(metric_text(control.get(name)) for name in names), "–", "–", *beside]
+    return [
+        f"{CONTROL}: {control['trial']}",
+        *(metric_text(control.get(name)) for name in names),
+        "–",
+        "–",
+        *beside,
+        "–",
+    ]
 
 
 # Pictures.

@@ -570,12 +570,12 @@ def test_fid_stands_beside_the_published_one_of_the_same_features_only(
     assert cells(next(part.all("table")))[1][2] == shown
 
 
-def write_verdict(runs: Runs, trial: str) -> Path:
+def write_verdict(runs: Runs, trial: str, **more: float) -> Path:
     (row,) = [one for one in rows_of(runs.accepted) if one["trial"] == trial]
     judged = {name: row[name] for name in ("study", "config_id", "trial", "epsilon")} | {
         "rank": 1, "selected": 0.8, "judged": 0.777, "judged_low": 0.75, "judged_high": 0.8, "probability_best": 1.0,
         "test_variety": 0.5, "test_recall": 0.4,
-    }  # fmt: skip
+    } | more  # fmt: skip
     default_place(runs).mkdir(parents=True)
     path = default_place(runs) / RESULT
     path.write_text(json.dumps({"rows": [judged], "value": "accuracy", "words": ["It holds."], "skipped": []}))
@@ -588,6 +588,14 @@ def test_verdict_of_fresh_samples_is_told_with_the_control_beside_it(uri: str) -
     part = section(render(runs), "Is the best really the best?")
     assert "It holds." in part.text
     assert [row[0] for row in cells(next(part.all("table")))[1:]] == ["1. useful", "class-mean control: class-mean"]
+
+
+def test_what_new_trainings_gave_stands_beside_the_verdict(uri: str) -> None:
+    runs = load_runs("clean", uri)
+    write_verdict(runs, "useful", trainings=3, retrained=0.7, retrained_low=0.65, retrained_high=0.75)
+    table = cells(next(section(render(runs), "Is the best really the best?").all("table")))
+    assert table[0][-1].startswith("trained again")
+    assert [row[-1] for row in table[1:]] == ["0.7 [0.65, 0.75], 3 times", "–"]
 
 
 def test_verdict_on_other_runs_is_not_taken_for_these(uri: str) -> None:

@@ -46,17 +46,17 @@ def find_runs(uri: str, tag: str, values: Sequence[str]) -> list[StoredRun]:
         with _telling(uri):
             found = _from_tables(database, tag, values)
     else:
-        with reading(uri) as client:
+        with asking(uri) as client:
             found = _from_client(client, tag, values)
     return sorted(found, key=lambda run: (run.start, run.run_id))
 
 
 @contextmanager
-def reading(uri: str) -> Iterator["MlflowClient"]:
-    """A client; whatever goes wrong with it is told in one line."""
+def asking(uri: str, failure: str = "cannot be read") -> Iterator["MlflowClient"]:
+    """A client; whatever goes wrong with it is told in one line, which says `failure`."""
     _database(uri)
     schema.quiet_mlflow()
-    with _telling(uri):
+    with _telling(uri, failure):
         from mlflow import MlflowClient
 
         yield MlflowClient(tracking_uri=uri)
@@ -64,7 +64,7 @@ def reading(uri: str) -> Iterator["MlflowClient"]:
 
 def fetch_artifact(uri: str, run_id: str, name: str, folder: Path) -> Path | None:
     """Copies an artifact of a run into a folder; None if the run has none of that name."""
-    with reading(uri) as client:
+    with asking(uri) as client:
         if name not in {artifact.path for artifact in client.list_artifacts(run_id)}:
             return None
         folder.mkdir(exist_ok=True)
@@ -80,13 +80,13 @@ def _database(uri: str) -> Path | None:
 
 
 @contextmanager
-def _telling(uri: str) -> Iterator[None]:
+def _telling(uri: str, failure: str = "cannot be read") -> Iterator[None]:
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{schema.shown_uri(uri)}: cannot be read ({_reason(error, uri)})") from None
+        raise InputError(f"{schema.shown_uri(uri)}: {failure} ({_reason(error, uri)})") from None
 
 
 def _reason(error: Exception, uri: str) -> str:

@@ -247,7 +247,7 @@ def test_nothing_is_overwritten_without_force(runs: Runs, tmp_path: Path) -> Non
 
 def test_force_does_not_replace_what_is_no_export(runs: Runs, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(InputError, match="is no export"):
+    with pytest.raises(InputError, match="without card.json it is not replaced"):
         export_run(runs, chosen(runs, "fid"), tmp_path, selected_by="fid", force=True)
     assert (tmp_path / "thesis.tex").exists()
 

@@ -467,7 +467,7 @@ def _chosen(
 def _ship(runs: "Runs", chosen: Column, out: Path | None, name: str, force: bool) -> dict[str, Any]:
     """Writes the folder, and registers it under a name, if there is one; looks at both before it writes the first."""
     from analysis.export import default_folder, export_run
-    from analysis.registry import check_alias, register_run
+    from analysis.registry import check_place, register_run
     from analysis.tables import guarantee
     from dpsink.judging import privacy_line
     from dpsink.records import read_json
@@ -475,7 +475,7 @@ def _ship(runs: "Runs", chosen: Column, out: Path | None, name: str, force: bool
     run, alias = chosen.run, chosen.title if chosen.rule else ""
     selected = chosen.rule.title if chosen.rule else "name"
     if name:
-        check_alias(runs, run, name=name, alias=alias, force=force)
+        check_place(runs, run, name=name, alias=alias, force=force)
     folder = export_run(runs, run, out or default_folder(runs) / chosen.title, selected_by=selected, force=force)
     model = register_run(runs, run, folder, name=name, alias=alias, force=force) if name else None
     card = read_json(folder / "card.json")

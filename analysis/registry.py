@@ -13,6 +13,7 @@ import math
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -69,12 +70,14 @@ def default_place(place: str) -> Path:
     return Path("exports") / as_file_name(named["name"]) / (named["alias"] or named["version"])
 
 
-def check_alias(runs: Runs, run: Row, *, name: str, alias: str, force: bool = False) -> None:
-    """Refuses to take an alias away from another run, unless it is told to.
+def check_place(runs: Runs, run: Row, *, name: str, alias: str, force: bool = False) -> None:
+    """Refuses a name that no place can hold, and to take an alias away from another run, unless it is told to.
 
     Raises:
         InputError: so it is, or the registry cannot be read.
     """
+    if not _PLACE.fullmatch(f"models:/{name}/1"):
+        raise InputError(f"a model cannot be registered as '{name}': no '/', ':' or '@'; choose another --name")
     if not alias:
         return
     with asking(runs.tracking_uri, f"models:/{name} cannot be registered") as client:
@@ -103,7 +106,7 @@ def register_run(runs: Runs, run: Row, folder: Path, *, name: str = "", alias: s
         InputError: the alias is another run's, or the registry cannot be written.
     """
     name = name or run["study"]
-    check_alias(runs, run, name=name, alias=alias, force=force)
+    check_place(runs, run, name=name, alias=alias, force=force)
     with asking(runs.tracking_uri, f"models:/{name} cannot be registered") as client:
         version = _registered(client, name, run, digest(folder)) or _add(client, name, run, folder)
         if alias:
@@ -123,17 +126,17 @@ def fetch_model(place: str, out: Path, *, tracking_uri: str, force: bool = False
         InputError: no such version, `out` exists, or what is registered is no unchanged export.
     """
     check_target(out, force=force)
-    with asking(tracking_uri, f"{place} cannot be fetched") as client, drafted(out) as draft:
+    with asking(tracking_uri, f"{place} cannot be fetched") as client, tempfile.TemporaryDirectory() as scratch:
         version = _find(client, place)
         source = client.get_model_version_download_uri(version.name, version.version)
-        with tempfile.TemporaryDirectory() as scratch:
-            _fetch(source, (MLMODEL,), Path(scratch), tracking_uri)
-            _check_mlmodel(Path(scratch) / MLMODEL, place)
-        draft.mkdir()
-        _fetch(f"{source}/{DATA}", FILES, draft, tracking_uri, optional=(STATEMENT,))
-        check_export(draft)
-        if digest(draft) != version.tags.get(CONTENT_TAG):
-            raise InputError(f"{place}: its files are not those that were registered; export the run again")
+        _fetch(source, (MLMODEL,), Path(scratch), tracking_uri)
+        _check_mlmodel(Path(scratch) / MLMODEL, place)
+        with drafted(out) as draft:
+            draft.mkdir()
+            _fetch(f"{source}/{DATA}", FILES, draft, tracking_uri, optional=(STATEMENT,))
+            _check_export(draft, place)
+            if digest(draft) != version.tags.get(CONTENT_TAG):
+                raise InputError(f"{place}: its files are not those that were registered; export the run again")
     return out
 
 
@@ -142,34 +145,6 @@ def digest(folder: Path) -> str:
     names = [name for name in (*FILES, STATEMENT) if (folder / name).exists()]
     each = "".join(f"{name} {hashlib.sha256((folder / name).read_bytes()).hexdigest()}\n" for name in names)
     return hashlib.sha256(each.encode()).hexdigest()
-
-
-def check_export(folder: Path) -> None:
-    """Makes sure that a folder is what `export_run` writes: each file of its format, and all of one trial.
-
-    Raises:
-        InputError: it is not.
-    """
-    _, description = load_generator(folder)
-    card, config = read_json(folder / CARD), load_config(folder / schema.CONFIG_ARTIFACT)
-    if config_sha256(config) != config_sha256(description.config):
-        raise InputError(f"{folder / schema.CONFIG_ARTIFACT}: is of another trial than the weights; export it again")
-    if card.get("private") != math.isfinite(description.config.privacy.target_epsilon):
-        raise InputError(f"{folder / CARD}: does not say of the weights' privacy what they are; export the run again")
-    if (folder / STATEMENT).exists():
-        read_json(folder / STATEMENT)
-    wrong = [line for line in _lines(folder / REQUIREMENTS) if not _REQUIREMENT.fullmatch(line)]
-    if wrong:
-        raise InputError(f"{folder / REQUIREMENTS}: '{wrong[0][:80]}' must be PACKAGE==VERSION; export the run again")
-    _check_picture(folder / schema.GRID_ARTIFACT)
-
-
-def _check_picture(path: Path) -> None:
-    try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            picture.verify()
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"{path}: is no PNG ({error}); export the run again") from None
 
 
 def _lines(path: Path) -> list[str]:
@@ -215,10 +190,11 @@ def _save(folder: Path, scratch: Path) -> None:
     import mlflow.pyfunc
 
     shutil.copytree(folder, scratch / Path(DATA).name)
-    mlflow.pyfunc.save_model(
-        str(scratch / "model"), loader_module=LOADER, data_path=str(scratch / Path(DATA).name),
-        signature=_signature(folder), pip_requirements=_lines(folder / REQUIREMENTS),
-    )  # fmt: skip
+    with warnings.catch_warnings(action="ignore"):  # MLflow would like an example of the input
+        mlflow.pyfunc.save_model(
+            str(scratch / "model"), loader_module=LOADER, data_path=str(scratch / Path(DATA).name),
+            signature=_signature(folder), pip_requirements=_lines(folder / REQUIREMENTS),
+        )  # fmt: skip
 
 
 def _signature(folder: Path) -> "ModelSignature":
@@ -308,3 +284,32 @@ def _check_mlmodel(path: Path, place: str) -> None:
         if flavor.get(key) != ours:
             told = str(flavor.get(key))[:80]
             raise InputError(f"{place}: is no model of dpsink ({key} '{told}', not '{ours}'); nothing is fetched")
+
+
+def _check_export(folder: Path, place: str) -> None:
+    """Makes sure that a folder is what `export_run` writes: each file of its format, and all of one trial."""
+    try:
+        _, description = load_generator(folder)
+        config, card = load_config(folder / schema.CONFIG_ARTIFACT), read_json(folder / CARD)
+        _check_picture(folder / schema.GRID_ARTIFACT)
+        if (folder / STATEMENT).exists():
+            read_json(folder / STATEMENT)
+    except InputError as error:
+        raise InputError(f"{place}: {error}".replace(f"{folder}/", "")) from None
+    if config_sha256(config) != config_sha256(description.config):
+        raise InputError(f"{place}: its settings are of another trial than its weights; export the run again")
+    if card.get("private") != math.isfinite(description.config.privacy.target_epsilon):
+        raise InputError(f"{place}: its card does not say of its privacy what its weights do; export the run again")
+    wrong = [line for line in _lines(folder / REQUIREMENTS) if not _REQUIREMENT.fullmatch(line)]
+    if wrong:
+        raise InputError(
+            f"{place}: '{wrong[0][:80]}' of its requirements must be PACKAGE==VERSION; do not install them"
+        )
+
+
+def _check_picture(path: Path) -> None:
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.verify()
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"{path}: is no PNG ({' '.join(str(error).split())})") from None

@@ -183,13 +183,9 @@ def test_an_alias_is_taken_from_another_run_by_force_only(runs: Runs, client: Ml
 # What a model answers.
 
 
-def model_of(folder: Path) -> LabelledImages:
-    return LabelledImages(folder)
-
-
 def test_the_same_seed_gives_the_same_images_and_another_one_others(home: Path) -> None:
     labels = pd.DataFrame({"label": [0, 1, 2]})
-    first, same, other = (model_of(home / "best-fid").predict(labels, {"seed": seed}) for seed in (1, 1, 2))
+    first, same, other = (LabelledImages(home / "best-fid").predict(labels, {"seed": seed}) for seed in (1, 1, 2))
     assert first.equals(same) and not first.equals(other)
 
 
@@ -207,12 +203,12 @@ def test_labels_that_no_generator_knows_are_refused(
     data: dict[str, list[Any]], params: dict[str, Any], told: str, home: Path
 ) -> None:
     with pytest.raises(InputError, match=told):
-        model_of(home / "best-fid").predict(pd.DataFrame(data), params)
+        LabelledImages(home / "best-fid").predict(pd.DataFrame(data), params)
 
 
 def test_a_generator_that_knows_no_classes_answers_without_labels(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("analysis.model.is_conditional", lambda description: False)
-    answer = model_of(home / "best-fid").predict(pd.DataFrame({"label": [7, 70]}))
+    answer = LabelledImages(home / "best-fid").predict(pd.DataFrame({"label": [7, 70]}))
     assert (list(answer.columns), len(answer)) == (["image"], 2)
 
 

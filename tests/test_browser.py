@@ -108,25 +108,24 @@ def texts(browser: webdriver.Chrome, selector: str) -> list[str]:
 def cells(browser: webdriver.Chrome, column: str) -> list[str]:
     """A column of the table of runs, from its first row down."""
     script = """
-        const cells = [...document.querySelectorAll(`.ag-cell[col-id="${arguments[0]}"]`)];
+        const cells = [...document.querySelectorAll(".ag-cell")].filter(
+            cell => cell.getAttribute("col-id") === arguments[0]);
         const row = cell => Number(cell.closest(".ag-row").getAttribute("row-index"));
         return cells.sort((one, other) => row(one) - row(other)).map(cell => cell.textContent.trim())"""
     return browser.execute_script(script, column)
 
 
 def test_the_table_of_runs_shows_metrics_and_searched_settings_without_a_click(site: Site, opened: Open) -> None:
-    columns = [f"metrics.{name}" for name in ("accuracy", "epsilon", "fid", "variety")]
-    columns += [f"params.{path}" for path in SEARCHED]
+    columns = [("metrics", name) for name in ("accuracy", "epsilon", "fid", "variety")]
+    columns += [("params", path) for path in SEARCHED]
 
-    def shown(browser: webdriver.Chrome) -> dict[str, list[str]] | None:
-        found = {name: cells(browser, "$$$".join(name.split(".", 1))) for name in columns}
-        return found if all(len(column) == len(site.runs) for column in found.values()) else None
+    def shown(browser: webdriver.Chrome) -> list[list[str]] | None:
+        found = [cells(browser, f"{kind}.`{name}`") for kind, name in columns]
+        return found if all(len(column) == len(site.runs) for column in found) else None
 
-    found = opened(site.links["runs"], shown)
-    for name in columns:
-        kind, _, key = name.partition(".")
-        stored = [getattr(run.data, kind).get(key) for run in site.runs]
-        assert [float(text) for text in found[name]] == pytest.approx([float(value) for value in stored]), name
+    for (kind, name), column in zip(columns, opened(site.links["runs"], shown), strict=True):
+        stored = [float(getattr(run.data, kind)[name]) for run in site.runs]
+        assert [float(text) for text in column] == pytest.approx(stored), name
 
 
 def test_the_charts_set_the_searched_settings_against_the_objective(site: Site, opened: Open) -> None:

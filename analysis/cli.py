@@ -517,7 +517,7 @@ def _print_importance(found: "pd.DataFrame") -> None:
         shown.add_row(row["parameter"], *shares, row["verdict"])
     console.out.print(shown)
     if found.attrs["note"]:
-        console.out.print(found.attrs["note"], markup=False)
+        console.out.print(found.attrs["note"], markup=False, soft_wrap=True)
     console.out.print("what to search next:", markup=False)
     for row in found.to_dict("records"):
         console.out.print(f"  {row['parameter']}: {row['advice']}", markup=False, soft_wrap=True)

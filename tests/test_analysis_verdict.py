@@ -16,6 +16,7 @@ from scipy import stats
 
 import dpsink.judging
 from analysis.charts import verdict_figure
+from analysis.cli import main
 from analysis.runs import Runs, load_runs
 from analysis.verdict import FIRST_SEED, evaluate_top
 from dpsink.data import ImageData
@@ -202,3 +203,33 @@ def test_a_real_generator_is_judged_the_same_by_the_same_seeds(runs: Runs) -> No
     one, again = (evaluate_top(runs, top=1, seeds=2, samples=40, out=Path(name)) for name in ("one", "again"))
     pd.testing.assert_frame_equal(one, again)
     assert all(math.isfinite(one[f"test_{name}"].iloc[0]) for name in ("accuracy", "fid", "variety", "recall"))
+
+
+@pytest.mark.parametrize(
+    ("moment", "told", "kept"),
+    [
+        ("analysis.cli._load", "interrupted", 0),
+        ("dpsink.judging.judge", "interrupted; what is measured is kept: the same command goes on", 2),
+    ],
+)
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(
+    moment: str, told: str, kept: int, runs: Runs, judged: list[dict[str, Any]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    judge: Judge = dpsink.judging.judge
+
+    def stop(*words: Any, **options: Any) -> Any:
+        if len(judged) == kept:
+            raise KeyboardInterrupt
+        return judge(*words, **options)
+
+    command = ["evaluate-top", runs.name, "--tracking-uri", runs.tracking_uri, "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["dpsink-analysis", *command, "--top", "2"])
+    monkeypatch.setattr(moment, stop)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    lines = capsys.readouterr().err.splitlines()
+    assert (ended.value.code, lines[-1]) == (130, told)
+    assert [line for line in lines[:-1] if not line.startswith("judging")] == []
+    assert len(list(tmp_path.glob("out/measured/*.json"))) == kept
+    assert not (tmp_path / "out" / "result.json").exists()

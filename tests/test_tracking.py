@@ -419,8 +419,9 @@ def test_one_bad_trial_does_not_hold_up_the_others(study: StudyFolder, monkeypat
 
 def test_the_study_brings_its_view_of_the_runs(study: StudyFolder, uri: str) -> None:
     rebuild(study)
-    tags = connect(uri).get_experiment_by_name("dpsink").tags
-    view = json.loads(tags["mlflow.sharedViewState.id-study"])
+    experiment = connect(uri).get_experiment_by_name("dpsink")
+    assert experiment is not None
+    view = json.loads(experiment.tags["mlflow.sharedViewState.id-study"])
     assert "params.`optimizer.lr`" in view["selectedColumns"]
     assert view["compareRunCharts"][0]["selectedParams"] == ["optimizer.lr", "privacy.noise_multiplier"]
 

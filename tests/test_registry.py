@@ -416,6 +416,7 @@ CRAFTED: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "a changed statement": (edited("statement.json", lambda text: text.replace("31.4159", "3.1")), "not those that"),
     "a picture that is none": (no_picture, "samples.png: is no PNG"),
     "no weights": (without("model.safetensors"), "it has no file model.safetensors"),
+    "nothing": (lambda model, mark: shutil.rmtree(model), "it has no file MLmodel"),
     "a file too large": (oversized, r"card.json: is above 16,777,216 bytes"),
 }
 

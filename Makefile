@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 quickstart: $(STAMP) ## install, run a small study on real digits, show the best run
 	$(BIN)/dpsink-tune sweep experiments/studies/quickstart.yaml
-	$(BIN)/dpsink-analysis best quickstart --force
+	$(BIN)/dpsink-analysis best quickstart
 
 test: $(STAMP) check ## everything
 	$(BIN)/pytest -n 2 --dist loadfile

@@ -1,7 +1,8 @@
 """Reads studies back from MLflow: selects, compares, judges, exports. What a notebook needs is here by name.
 
-`store` → `runs` → `conditions`, `rules` → `selection` → `fronts`, `effects`, `export` → `verdict` → `figures`,
-`charts` → `tables` → `drawings` → `sections` → `page` → `cli`; each imports only what stands before it.
+`store` → `runs` → `conditions`, `rules` → `selection` → `fronts`, `effects`, `export`, `model` → `registry`,
+`verdict` → `figures`, `charts` → `tables` → `drawings` → `sections` → `page` → `cli`; each imports only what stands
+before it.
 """
 
 from importlib import import_module
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from analysis.figures import comparison_figure
     from analysis.fronts import pareto
     from analysis.page import report
+    from analysis.registry import fetch_model, register_run
     from analysis.runs import load_runs
     from analysis.selection import best, configurations, select_best
     from analysis.verdict import evaluate_top
@@ -24,11 +26,13 @@ __all__ = [
     "configurations",
     "evaluate_top",
     "export_run",
+    "fetch_model",
     "importance",
     "importance_figure",
     "load_runs",
     "pareto",
     "pareto_figure",
+    "register_run",
     "report",
     "select_best",
     "verdict_figure",
@@ -39,6 +43,7 @@ _ROOMS = {
     "fronts": ("pareto",),
     "effects": ("importance",),
     "export": ("export_run",),
+    "registry": ("fetch_model", "register_run"),
     "verdict": ("evaluate_top",),
     "figures": ("comparison_figure",),
     "page": ("report",),

@@ -43,9 +43,7 @@ def pareto_figure(found: pd.DataFrame, control: Row | None = None) -> "Figure":
         if low > 0 and high > LOG_FROM * low:
             scale("log")
     axes.set(xlabel=called(x), ylabel=called(y))
-    _entitle(figure, pareto_in_words(found))
-    _legend(figure)
-    return figure
+    return _finished(figure, pareto_in_words(found))
 
 
 def importance_figure(found: pd.DataFrame) -> "Figure":
@@ -68,9 +66,7 @@ def importance_figure(found: pd.DataFrame) -> "Figure":
     axes.set_yticks(range(len(rows)), [f"{row['parameter']}\n{row['verdict']}" for row in rows], fontsize=8)
     axes.invert_yaxis()
     axes.set(xlim=(0, 1), xlabel=f"share of the variation of {called(found.attrs['metric'])}")
-    _entitle(figure, found.attrs["note"] or f"{found.attrs['configurations']} configurations")
-    _legend(figure)
-    return figure
+    return _finished(figure, found.attrs["note"] or f"{found.attrs['configurations']} configurations")
 
 
 def verdict_figure(found: pd.DataFrame) -> "Figure":
@@ -89,9 +85,7 @@ def verdict_figure(found: pd.DataFrame) -> "Figure":
     axes.set_yticks(places, [f"{row['rank']}. {row['trial']}" for row in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(found.attrs["value"])
-    _entitle(figure, " ".join(found.attrs["words"][2:3]))
-    _legend(figure)
-    return figure
+    return _finished(figure, " ".join(found.attrs["words"][2:3]))
 
 
 def _sheet(size: tuple[float, float]) -> "tuple[Figure, Axes]":
@@ -104,16 +98,14 @@ def _sheet(size: tuple[float, float]) -> "tuple[Figure, Axes]":
     return figure, axes
 
 
-def _legend(figure: "Figure") -> None:
-    """Below the axes, where it covers nothing."""
+def _finished(figure: "Figure", text: str) -> "Figure":
+    """What it shows above, and the legend below, where it covers nothing."""
+    figure.suptitle(textwrap.fill(text.strip(), 100), fontsize=9, x=0.01, ha="left")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
 
 
 def _front_called(front: pd.DataFrame, x: str) -> str:
     """The front and the trials at its ends; names beside crowded points would cover them."""
     first, last = front.loc[front[x].idxmin()], front.loc[front[x].idxmax()]
     return f"front, from {first['trial']} to {last['trial']}" if len(front) > 1 else f"front: {first['trial']}"
-
-
-def _entitle(figure: "Figure", text: str) -> None:
-    figure.suptitle(textwrap.fill(text.strip(), 100), fontsize=9, x=0.01, ha="left")

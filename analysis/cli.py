@@ -37,8 +37,6 @@ Weights = Annotated[str | None, typer.Option(help="instead of --by, a sum to max
 Epsilon = Annotated[float | None, typer.Option(help="the largest ε allowed")]
 Where = Annotated[list[str] | None, typer.Option(help="condition such as 'accuracy_cnn>0.8'; several must all hold")]
 
-COMPARISON = "comparison.png"
-
 
 def main() -> None:
     """Entry point of the console script."""
@@ -70,19 +68,18 @@ def best(
     where: Where = None,
     top: Annotated[int, typer.Option(min=1, help="configurations to list")] = 5,
     tracking_uri: TrackingUri = None,
-    out: Annotated[Path | None, typer.Option(help="folder of the exports; default exports/STUDY")] = None,
+    plot: Plot = None,
     csv: Csv = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Show the best configurations and runs beside the baselines, and export them.
+    """Show the best configurations, and their best seeds beside the baselines; --plot draws what those make.
 
-    A configuration counts by the mean of its seeds; its best seed is exported. Writes best-RULE/ and comparison.png.
-    Without --by and --weights the rules are FID and accuracy, each by itself; where no run has either, the study's
-    objective.
+    A configuration counts by the mean of its seeds. Without --by and --weights the rules are FID and accuracy, each by
+    itself; where no run has either, the study's objective.
     """
     from analysis import selection
-    from analysis.export import default_folder
+    from analysis.figures import comparison_figure
     from analysis.runs import rows_of
     from analysis.tables import guarantee, print_configurations, print_rejected
 
@@ -92,21 +89,25 @@ def best(
     columns = [Column(row["trial"].removeprefix("baseline-"), row) for row in selection.baselines(runs)]
     for rule, table in zip(rules, ranked, strict=True):
         columns.append(Column(f"best by {rule.title}", selection.run_of(runs, rows_of(table.head(1))[0], rule), rule))
-    written = _export(runs, columns, out or default_folder(runs), force, csv)
+    _check_targets(force, plot, csv)
     _write_table(ranked[0], csv, force)
+    merged = _merged(columns)
+    if plot:
+        title = f"{runs.name}\n{guarantee(runs)}"
+        _save(comparison_figure(runs, {column.title: column.run for column in merged}, title=title), plot)
     control = list(dict.fromkeys(selection.control_in_words(runs, one.run) for one in columns if one.rule))
     if as_json:
-        console.print_json(_document(runs, columns, ranked, rules, control, written))
+        console.print_json(_document(runs, columns, ranked, rules, control))
         return
     print_rejected(runs)
     for rule, table in zip(rules, ranked, strict=True):
         title = f"\nbest by {rule.title}: {min(top, len(table))} of {len(table)} configurations"
         print_configurations(table.head(top), rule.metrics, title, "rank")
     console.out.print()
-    _print_comparison(runs, _merged(columns))
+    _print_comparison(runs, merged)
     for line in (*control, guarantee(runs)):
         console.out.print(line, markup=False, soft_wrap=True)
-    _print_written(*written, csv)
+    _print_written(plot, csv)
 
 
 @app.command()
@@ -254,6 +255,48 @@ def report(
     _print_written(written)
 
 
+@app.command()
+def export(
+    source: Annotated[
+        list[str], typer.Argument(metavar="STUDY...|MODEL", help="as above, or models:/NAME@ALIAS to fetch it back")
+    ],
+    by: By = None,
+    weights: Weights = None,
+    epsilon: Epsilon = None,
+    where: Where = None,
+    trial: Annotated[str | None, typer.Option(help="this one, instead of the best")] = None,
+    out: Annotated[Path | None, typer.Option(help="the folder to make; default exports/STUDY/best-RULE")] = None,
+    register: Annotated[
+        bool, typer.Option("--register", help="also in MLflow's model registry, with the alias best-RULE")
+    ] = False,
+    name: Annotated[str | None, typer.Option(help="of the registered model; default the study's")] = None,
+    tracking_uri: TrackingUri = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Take the best run out of its study: a folder that stands alone, and a registered model; or fetch one back.
+
+    The rule is the study's own objective, unless --by or --weights gives another.
+    """
+    from analysis.registry import is_model
+
+    if name and not register:
+        raise InputError(f"--name={name}: goes with --register")
+    if not any(map(is_model, source)):
+        runs = _load(source, tracking_uri)
+        chosen = _chosen(runs, by, weights, epsilon, where, trial)
+        document = {**_head(runs), **_ship(runs, chosen, out, (name or chosen.run["study"]) if register else "", force)}
+    elif len(source) > 1 or by or weights or where or trial or register or epsilon is not None:
+        raise InputError(f"{' '.join(source)}: a registered model is fetched as it is, one at a time; no rules with it")
+    else:
+        document = _fetch(source[0], out, tracking_uri, force)
+    if as_json:
+        console.print_json(document)
+        return
+    for line in document["words"]:
+        console.out.print(line, markup=False, soft_wrap=True)
+
+
 # What they have in common.
 
 
@@ -278,7 +321,7 @@ def _head(runs: "Runs") -> dict[str, Any]:
 
 
 def _check_targets(force: bool, *paths: Path | None) -> None:
-    from analysis.export import check_target
+    from dpsink.disk import check_target
 
     for path in filter(None, paths):
         check_target(path, force=force)
@@ -292,7 +335,7 @@ def _write_table(table: "pd.DataFrame", path: Path | None, force: bool) -> None:
 
 
 def _save(figure: "Figure", path: Path) -> None:
-    from analysis.export import drafted
+    from dpsink.disk import drafted
 
     with drafted(path) as draft:
         try:
@@ -374,25 +417,6 @@ def _merged(columns: Sequence[Column]) -> list[Column]:
     return list(merged.values())
 
 
-def _export(runs: "Runs", columns: Sequence[Column], out: Path, force: bool, *others: Path | None) -> list[Path]:
-    """Writes the chosen runs and the picture; looks at all sources and targets before it writes the first."""
-    from analysis.export import checkpoint_of, export_run
-    from analysis.figures import comparison_figure
-    from analysis.tables import guarantee
-
-    chosen = {column.rule: column.run for column in columns if column.rule}
-    folders = {rule: out / f"best-{rule.slug}" for rule in chosen}
-    picture = out / COMPARISON
-    _check_targets(force, *folders.values(), picture, *others)
-    for run in chosen.values():
-        checkpoint_of(run)
-    for rule, run in chosen.items():
-        export_run(runs, run, folders[rule], selected_by=rule.title, force=force)
-    panels = {column.title: column.run for column in _merged(columns)}
-    _save(comparison_figure(runs, panels, title=f"{runs.name}\n{guarantee(runs)}"), picture)
-    return [*folders.values(), picture]
-
-
 def _print_comparison(runs: "Runs", columns: Sequence[Column]) -> None:
     shown = console.table("", *(column.title for column in columns))
     for name, values in _comparison_rows(runs, columns).items():
@@ -418,7 +442,6 @@ def _document(
     ranked: Sequence["pd.DataFrame"],
     rules: Sequence["Rule"],
     control: Sequence[str],
-    written: Sequence[Path],
 ) -> dict[str, Any]:
     from analysis.tables import plain_rows
 
@@ -432,8 +455,68 @@ def _document(
         ],
         "rankings": {rule.title: plain_rows(table) for rule, table in zip(rules, ranked, strict=True)},
         "control": list(control),
-        "written": [str(path) for path in written],
     }
+
+
+# `export`.
+
+
+def _chosen(
+    runs: "Runs",
+    by: Sequence[str] | None,
+    weights: str | None,
+    epsilon: float | None,
+    where: Sequence[str] | None,
+    trial: str | None,
+) -> Column:
+    """The run to take, and what it is called."""
+    from analysis import selection
+
+    if trial is not None:
+        if by or weights or where or epsilon is not None:
+            raise InputError(f"--trial={trial}: names the run; leave the rules out")
+        return Column(trial, selection.named(runs, trial))
+    rule = selection.rule_of(runs, by or (), weights)
+    run = selection.select_best(runs, rule, epsilon=epsilon, where=where or ())
+    return Column(f"best-{rule.slug}", run, rule)
+
+
+def _ship(runs: "Runs", chosen: Column, out: Path | None, name: str, force: bool) -> dict[str, Any]:
+    """Writes the folder, and registers it under a name, if there is one; looks at both before it writes the first."""
+    from analysis.export import default_folder, export_run
+    from analysis.registry import check_place, register_run
+    from analysis.tables import guarantee
+    from dpsink.judging import privacy_line
+    from dpsink.records import read_json
+
+    run, alias = chosen.run, chosen.title if chosen.rule else ""
+    selected = chosen.rule.title if chosen.rule else "name"
+    if name:
+        check_place(runs, run, name=name, alias=alias, force=force)
+    folder = export_run(runs, run, out or default_folder(runs) / chosen.title, selected_by=selected, force=force)
+    model = register_run(runs, run, folder, name=name, alias=alias, force=force) if name else None
+    card = read_json(folder / "card.json")
+    words = [
+        f"trial {run['trial']} of {run['study']}, selected by {selected}: {privacy_line(card)}",
+        guarantee(runs),
+        f"folder: {folder}",
+        *([f"model:  {model}"] if model else []),
+        f"next:   dpsink sample {folder} --out NAME.npz",
+    ]
+    return {"folder": str(folder), "model": model, "card": card, "words": words}
+
+
+def _fetch(place: str, out: Path | None, tracking_uri: str | None, force: bool) -> dict[str, Any]:
+    from analysis.registry import default_place, fetch_model
+    from analysis.runs import STORAGE, default_uri
+    from dpsink.judging import privacy_line
+    from dpsink.records import read_json
+
+    uri = tracking_uri or default_uri(Path(STORAGE))
+    folder = fetch_model(place, out or default_place(place), tracking_uri=uri, force=force)
+    card = read_json(folder / "card.json")
+    words = [f"{place}: {privacy_line(card)}", f"folder: {folder}", f"next:   dpsink sample {folder} --out NAME.npz"]
+    return {"folder": str(folder), "model": place, "card": card, "words": words}
 
 
 # The others.
@@ -451,7 +534,7 @@ def _print_importance(found: "pd.DataFrame") -> None:
         shown.add_row(row["parameter"], *shares, row["verdict"])
     console.out.print(shown)
     if found.attrs["note"]:
-        console.out.print(found.attrs["note"], markup=False)
+        console.out.print(found.attrs["note"], markup=False, soft_wrap=True)
     console.out.print("what to search next:", markup=False)
     for row in found.to_dict("records"):
         console.out.print(f"  {row['parameter']}: {row['advice']}", markup=False, soft_wrap=True)

@@ -77,7 +77,8 @@ def importance(
         the resamples). `ped_anova`, …: the same of what sets the best quarter apart. `chance`: how often a parameter
         of random values did at least as well in fANOVA, in (0, 1]. `verdict`: `matters` (chance up to 5 %: one
         useless parameter in twenty looks so), `unclear` (up to 30 %) or `like chance`. `best`: its value in
-        the best configuration. `advice`: what to search next. `attrs`: `metric`, `configurations`, `note`.
+        the best configuration. `advice`: what to search next. `attrs`: `metric`, `configurations`, `note`; `left_out`,
+        the parameters that were searched under some choices only: `where` looks at one of these.
 
     Raises:
         InputError: fewer than five configurations, nothing searched, or the metric does not vary.
@@ -91,7 +92,9 @@ def importance(
     drawn = [_resample(searched, losses, np.random.default_rng((seed, turn))) for turn in range(RESAMPLES)]
     rows = [_row(dimension, drawn, len(found), len(searched)) for dimension in searched]
     table = pd.DataFrame(rows).sort_values("fanova", ascending=False, kind="stable").reset_index(drop=True)
-    table.attrs = {"metric": metric, "configurations": len(found), "note": _note(len(found), len(searched))}
+    partly = {path: choices for path in _searched(runs) if (choices := _choices_of(runs, found, path))}
+    note = " ".join(filter(None, (_note(len(found), len(searched)), *map(_left_out, partly, partly.values()))))
+    table.attrs = {"metric": metric, "configurations": len(found), "note": note, "left_out": list(partly)}
     return table
 
 
@@ -113,6 +116,10 @@ def _note(count: int, parameters: int) -> str:
     )
 
 
+def _left_out(path: str, choices: str) -> str:
+    return f"{path} is left out: only some configurations searched it (--where '{choices}' looks at those)."
+
+
 # The search space.
 
 
@@ -122,10 +129,32 @@ def dimensions(runs: Runs, found: pd.DataFrame) -> list[Dimension]:
     Args:
         found: configurations, as `configurations` gives them.
     """
-    told = {path: one for study in reversed(runs.studies) for path, one in study.space.items()}
-    paths = dict.fromkeys(path for study in runs.studies for path in study.searched)
-    made = [_dimension(path, pd.Series(found[path]), told.get(path)) for path in paths if path in found]
+    told, paths = _space(runs), [path for path in _searched(runs) if path in found]
+    made = [_dimension(path, pd.Series(found[path]), told.get(path)) for path in paths
+            if not _choices_of(runs, found, path)]  # fmt: skip
     return [one for one in made if one is not None and np.ptp(one.positions) > 0]
+
+
+def _space(runs: Runs) -> dict[str, Any]:
+    return {path: one for study in reversed(runs.studies) for path, one in study.space.items()}
+
+
+def _searched(runs: Runs) -> list[str]:
+    return list(dict.fromkeys(path for study in runs.studies for path in study.searched))
+
+
+def _choices_of(runs: Runs, found: pd.DataFrame, path: str) -> str:
+    """The choice under which a parameter was searched, as a condition; empty if it was in all configurations.
+
+    What others have instead is no value that anybody proposed: it has no importance beside theirs.
+    """
+    for on, wanted in _space(runs).get(path, {}).get("when", {}).items():
+        values = list(map(str, wanted if isinstance(wanted, list) else [wanted]))
+        if on in found and not set(map(str, found[on])) <= set(values):
+            return f"{on}={values[0]}"
+        if above := _choices_of(runs, found, on):
+            return above
+    return ""
 
 
 def _dimension(path: str, values: pd.Series, told: dict[str, Any] | None) -> Dimension | None:
@@ -134,7 +163,7 @@ def _dimension(path: str, values: pd.Series, told: dict[str, Any] | None) -> Dim
         texts = values.map(str).where(values.notna(), "None")
         choices = tuple(sorted(set(texts)))
         return Dimension(path, texts.map(choices.index).to_numpy(float), None, None, False, choices, bool(told))
-    if values.isna().any():  # searched only beside some choice: it has no importance by itself
+    if values.isna().any():  # not all configurations have it, and the study does not tell why
         return None
     numbers = values.to_numpy(float)
     bounds = (

@@ -5,16 +5,15 @@
     samples.png                     what it makes
     card.json                       its privacy, its metrics, where it comes from
     statement.json                  the study's privacy statement, which covers the selection
+    requirements.txt                the packages that it was made with
 
 Nothing in it came from outside the privacy budget: the optimiser's state stays where it is.
 """
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +21,32 @@ from analysis.runs import Row, Runs, metrics_of
 from analysis.store import fetch_artifact
 from dpsink.checkpoint import load_generator
 from dpsink.config import config_sha256, dump_config
+from dpsink.disk import CARD, check_target, drafted
 from dpsink.errors import InputError
+from dpsink.privacy.plan import NON_PRIVATE
 from dpsink.records import CheckpointState, latest_checkpoint, read_json, read_state
 from tune import schema
 
-CARD = "card.json"
+REQUIREMENTS = "requirements.txt"
 FROM_CHECKPOINT = ("model.safetensors", "state.json", schema.GRID_ARTIFACT)
+FILES = (*FROM_CHECKPOINT, schema.CONFIG_ARTIFACT, CARD, REQUIREMENTS)  # what every export has
+PACKAGES = ("dpsink", "torch", "torchvision", "safetensors", "numpy", "mlflow")
 
 
 def export_run(runs: Runs, run: Row, out: Path, *, selected_by: str, force: bool = False) -> Path:
     """Exports one run as a folder, whole or not at all.
 
     Args:
-        run: a row of `runs.accepted`.
+        run: a row of `runs.accepted`; of the others only one that is NON-PRIVATE, which its card says.
         out: the folder to make.
         selected_by: what the run was chosen for; stands in its card.
         force: replace an earlier export.
 
     Raises:
-        InputError: `out` exists, the run's files are not here, or are of another trial.
+        InputError: `out` exists, the run may not be taken, its files are not here, or are of another trial.
     """
     check_target(out, force=force)
+    check_run(run)
     checkpoint, study = checkpoint_of(run), runs.study_of(run)
     with drafted(out) as draft:
         draft.mkdir()
@@ -50,6 +54,7 @@ def export_run(runs: Runs, run: Row, out: Path, *, selected_by: str, force: bool
             shutil.copyfile(checkpoint / name, draft / name)
         _, description = load_generator(draft)  # what leaves the house is known to work
         (draft / schema.CONFIG_ARTIFACT).write_text(dump_config(description.config), encoding="utf-8")
+        (draft / REQUIREMENTS).write_text(_requirements(), encoding="utf-8")
         statement = fetch_artifact(runs.tracking_uri, study.run_id, schema.STATEMENT_ARTIFACT, draft)
         card = _card(runs, run, description) | {"selected_by": selected_by}
         if statement:  # picking this run was a release too: the study's statement takes the place of the trial's
@@ -59,42 +64,24 @@ def export_run(runs: Runs, run: Row, out: Path, *, selected_by: str, force: bool
 
 
 def default_folder(runs: Runs) -> Path:
-    """exports/STUDY; a name that MLflow gives is no path."""
-    return Path("exports") / re.sub(r"[^\w.+-]|^\.+", "_", runs.name)
+    """exports/STUDY."""
+    return Path("exports") / as_file_name(runs.name)
 
 
-def check_target(out: Path, *, force: bool) -> None:
-    """Refuses to overwrite, unless it is told to; and what is no export, always."""
-    if not out.exists():
-        return
-    if not force:
-        raise InputError(f"{out}: exists; choose another place, or --force to replace it")
-    if out.is_dir() and not (out / CARD).exists():
-        raise InputError(f"{out}: is no export (it has no {CARD}) and is not replaced; choose another --out")
+def as_file_name(name: str) -> str:
+    """A name that MLflow gives is no path."""
+    return re.sub(r"[^\w.+-]|^\.+", "_", name)
 
 
-@contextmanager
-def drafted(out: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `out` at the end, or goes away after an error."""
-    draft, old = (out.with_name(f".{out.stem}.{kind}-{os.getpid()}{out.suffix}") for kind in ("draft", "old"))
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        yield draft
-        if out.is_dir():  # a folder that holds files cannot be replaced in one step
-            out.rename(old)
-        draft.replace(out)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be written ({error.strerror or error}); choose another --out") from None
-    finally:
-        for leftover in (draft, old):
-            _remove(leftover)
+def check_run(run: Row) -> None:
+    """A run that may not be compared may not be shipped either; one without privacy may, under that label.
 
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    Raises:
+        InputError: so it is.
+    """
+    reason = run.get("reason")
+    if isinstance(reason, str) and reason != NON_PRIVATE:
+        raise InputError(f"trial {run['trial']} is set apart ({reason}) and is not exported; choose another")
 
 
 def checkpoint_of(run: Row) -> Path:
@@ -110,6 +97,11 @@ def checkpoint_of(run: Row) -> Path:
     if config_sha256(read_state(checkpoint).config) != run["config_sha256"]:
         raise InputError(f"{checkpoint}: holds another trial than {run['trial']}; was its storage moved?")
     return checkpoint
+
+
+def _requirements() -> str:
+    """The packages that make images of the folder, as they are here; a build's own suffix is no version to ask for."""
+    return "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in PACKAGES)
 
 
 def _card(runs: Runs, run: Row, description: CheckpointState) -> dict[str, Any]:

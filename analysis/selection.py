@@ -8,6 +8,7 @@ import pandas as pd
 from analysis.conditions import meeting
 from analysis.rules import Rule, called, ordered, parse_rule
 from analysis.runs import ALL_QUALITY, NUMBERS, Row, Runs, rows_of
+from dpsink.config import nearest
 from dpsink.errors import InputError
 from tune import schema
 
@@ -131,6 +132,20 @@ def repeated(runs: Runs, configuration: Row) -> list[Row]:
     table = runs.accepted
     again = table["study"].isin(names) & (table["config_id"] == configuration["config_id"])
     return rows_of(pd.DataFrame(table[again & (table["role"] == schema.ROLE_SEARCH)]))
+
+
+def named(runs: Runs, trial: str) -> Row:
+    """The run of a trial, whether or not it may be compared.
+
+    Raises:
+        InputError: there is none, or there are several.
+    """
+    found = rows_of(pd.DataFrame(runs.table[runs.table["trial"] == trial]))
+    if not found:
+        raise InputError(f"study '{runs.name}' has no trial '{trial}'{nearest(trial, list(runs.table['trial']))}")
+    if len(found) > 1:
+        raise InputError(f"{len(found)} of the studies {runs.name} have a trial '{trial}': name one study")
+    return found[0]
 
 
 def baselines(runs: Runs) -> list[Row]:

@@ -47,17 +47,17 @@ def find_runs(uri: str, tag: str, values: Sequence[str]) -> list[StoredRun]:
         with _telling(uri):
             found = _from_tables(database, tag, values)
     else:
-        with reading(uri) as client:
+        with asking(uri) as client:
             found = _from_client(client, tag, values)
     return sorted(found, key=lambda run: (run.start, run.run_id))
 
 
 @contextmanager
-def reading(uri: str) -> Iterator["MlflowClient"]:
-    """A client; whatever goes wrong with it is told in one line."""
+def asking(uri: str, failure: str = "cannot be read") -> Iterator["MlflowClient"]:
+    """A client; whatever goes wrong with it is told in one line, which says `failure`."""
     _database(uri)
     schema.quiet_mlflow()
-    with _telling(uri):
+    with _telling(uri, failure):
         from mlflow import MlflowClient
 
         yield MlflowClient(tracking_uri=uri)
@@ -69,7 +69,7 @@ def fetch_artifact(uri: str, run_id: str, name: str, folder: Path) -> Path | Non
     Raises:
         InputError: it cannot be read, or the store says that it lies outside the run's own artifacts.
     """
-    with reading(uri) as client:
+    with asking(uri) as client:
         place = client.get_run(run_id).info.artifact_uri
         if not place:
             return None
@@ -96,7 +96,7 @@ def fetch_history(uri: str, run_id: str, metrics: Sequence[str]) -> dict[str, di
     Raises:
         InputError: it cannot be read.
     """
-    with reading(uri) as client:
+    with asking(uri) as client:
         told = {name: client.get_metric_history(run_id, name) for name in metrics}
     return {
         name: {point.step: point.value for point in sorted(points, key=lambda point: point.step)}
@@ -114,13 +114,13 @@ def _database(uri: str) -> Path | None:
 
 
 @contextmanager
-def _telling(uri: str) -> Iterator[None]:
+def _telling(uri: str, failure: str = "cannot be read") -> Iterator[None]:
     try:
         yield
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{schema.shown_uri(uri)}: cannot be read ({_reason(error, uri)})") from None
+        raise InputError(f"{schema.shown_uri(uri)}: {failure} ({_reason(error, uri)})") from None
 
 
 def _reason(error: Exception, uri: str) -> str:

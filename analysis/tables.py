@@ -7,11 +7,11 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.export import check_target, drafted
 from analysis.rules import called
 from analysis.runs import Row, Runs, rows_of
 from analysis.selection import SE, SHOWN
 from dpsink import console
+from dpsink.disk import check_target, drafted
 from tune import schema
 
 REJECTED = ["trial", "role", "reason", "detail"]

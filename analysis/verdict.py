@@ -21,10 +21,11 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis.export import checkpoint_of, default_folder, drafted
+from analysis.export import checkpoint_of, default_folder
 from analysis.rules import Rule, called
 from analysis.runs import Row, Runs, rows_of
 from analysis.selection import ranked_by, repeated, rule_of, run_of
+from dpsink.disk import drafted
 from dpsink.errors import InputError
 from dpsink.records import read_json, write_atomically
 from tune import schema

@@ -37,7 +37,10 @@ def new_app(name: str, purpose: str) -> typer.Typer:
 def run(app: typer.Typer) -> None:
     """Runs a command line to its exit code: 0, 1 failed, 2 bad input (one line, no traceback)."""
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        if code == INTERRUPTED:  # typer has caught Ctrl-C, and says nothing
+            raise KeyboardInterrupt
+        sys.exit(code)
     except InputError as error:
         fail(str(error), BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):

@@ -1,7 +1,14 @@
 """Places and promises of the file system that several modules share."""
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from dpsink.errors import InputError
+
+CARD = "card.json"  # what a folder holds that a command of this project made
 
 
 def cache_folder(name: str) -> Path:
@@ -24,3 +31,48 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_target(out: Path, *, force: bool) -> None:
+    """Refuses to replace what exists, unless it is told to; and a folder of somebody else's, always.
+
+    Raises:
+        InputError: so it is.
+    """
+    if not out.exists():
+        return
+    if not force:
+        raise InputError(f"{out}: exists; choose another --out, or --force to replace it")
+    if out.is_dir() and not (out / CARD).exists():
+        raise InputError(f"{out}: cannot be written (without {CARD} it is not replaced); choose another --out")
+
+
+@contextmanager
+def drafted(out: Path) -> Iterator[Path]:
+    """A path for a file or a folder that takes the place of `out` at the end; after an error `out` is as it was.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    draft, old = (out.with_name(f".{out.stem}.{kind}-{os.getpid()}{out.suffix}") for kind in ("draft", "old"))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        if out.is_dir():  # a folder that holds files cannot be replaced in one step
+            out.rename(old)
+        draft.replace(out)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror or error}); choose another --out") from None
+    finally:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        remove(draft)
+        remove(old)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or a folder, where there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()

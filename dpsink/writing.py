@@ -10,8 +10,6 @@ generator: post-processing.
 
 import io
 import json
-import os
-import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,12 +22,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpsink.data import LabelledImages
-from dpsink.disk import sync
+from dpsink.disk import CARD, drafted, sync
+from dpsink.disk import check_target as check_free
 from dpsink.errors import InputError
 from dpsink.records import CheckpointState, write_atomically
 from dpsink.synthesis import stream
 
-CARD = "card.json"
 UNLABELLED = "unlabelled"
 SUFFIXES = {".npz": "npz", ".parquet": "parquet", "": "png"}
 COMPRESSION = 1  # of npz: noise compresses badly at any level, and the first one is fast
@@ -62,11 +60,14 @@ def synthesize(
         card: the statement that covers the generator.
         labels: int64, (N,), of the samples in their order.
         seed: of the latents: it gives the same images in every format.
-        out: NAME.npz, NAME.parquet, or NAME for a folder; its own folder must exist. What stood there is replaced.
+        out: NAME.npz, NAME.parquet, or NAME for a folder. What stood there is replaced.
         on_progress: told how many images are written; what it raises ends the writing.
 
     Returns:
         Paths of the data and of the card.
+
+    Raises:
+        InputError: it cannot be written.
     """
     form, classes = format_of(out), description.num_classes
     batches = _counted(stream(generator, labels, num_classes=classes, seed=seed), on_progress)
@@ -74,12 +75,12 @@ def synthesize(
         batches, len(labels), description.image_shape, classes if is_conditional(description) else None
     )  # fmt: skip
     card = card | {"images": len(labels), "seed": seed}
-    draft = out.with_name(f".{out.name}.draft-{os.getpid()}")
-    try:
+    with drafted(out) as draft:
         _WRITERS[form](draft, samples)
-        return (_publish_folder if form == "png" else _publish_file)(draft, out, card)
-    finally:
-        _remove(draft)
+        if form != "png":  # data never stand without their card, nor with the card of others
+            out.unlink(missing_ok=True)
+        write_atomically(card_path(draft if form == "png" else out), json.dumps(card, indent=1, default=str) + "\n")
+    return out, card_path(out)
 
 
 def format_of(out: Path) -> str:
@@ -105,12 +106,9 @@ def check_target(out: Path, *, force: bool) -> None:
         InputError: so it is, or the name is of no format.
     """
     form = format_of(out)
-    if not out.exists():
-        return
-    if not force:
-        raise InputError(f"{out}: exists; choose another --out, or --force to replace it")
-    if out.is_dir() != (form == "png") or (form == "png" and not (out / CARD).exists()):
-        raise InputError(f"{out}: cannot be written (is no such data set, and is not replaced); choose another --out")
+    check_free(out, force=force)
+    if out.exists() and out.is_dir() != (form == "png"):
+        raise InputError(f"{out}: cannot be written (is of another format, and is not replaced); choose another --out")
 
 
 def is_conditional(description: CheckpointState) -> bool:
@@ -126,7 +124,7 @@ def _write_npz(path: Path, samples: Samples) -> None:
             header = {"descr": "|u1", "fortran_order": False, "shape": (samples.total, height, width, channels)}
             np.lib.format.write_array_header_1_0(member, header)
             for batch in samples.batches:
-                member.write(_pixels(batch).tobytes())
+                member.write(pixels(batch).tobytes())
                 written.append(batch.labels)
         if samples.num_classes is not None:
             with archive.open("labels.npy", "w", force_zip64=True) as member:
@@ -144,9 +142,9 @@ def _write_folder(path: Path, samples: Samples) -> None:
     for name in names:
         (path / name).mkdir()
     for batch in samples.batches:
-        for image, label in zip(_pixels(batch), batch.labels.tolist(), strict=True):
+        for image, label in zip(pixels(batch), batch.labels.tolist(), strict=True):
             name = names[label] if samples.num_classes is not None else UNLABELLED
-            (path / name / f"{number:0{digits}d}.png").write_bytes(_png(image))
+            (path / name / f"{number:0{digits}d}.png").write_bytes(png(image))
             number += 1
     for name in names:  # a class of which none was asked for
         if not any((path / name).iterdir()):
@@ -167,7 +165,7 @@ def _write_parquet(path: Path, samples: Samples) -> None:
     # Encoded images do not compress again.
     with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False, write_statistics=False) as writer:
         for batch in samples.batches:
-            rows: dict[str, Any] = {"image": [{"bytes": _png(image), "path": None} for image in _pixels(batch)]}
+            rows: dict[str, Any] = {"image": [{"bytes": png(image), "path": None} for image in pixels(batch)]}
             if samples.num_classes is not None:
                 rows["label"] = batch.labels.numpy()
             writer.write_table(pa.table(rows, schema=schema))
@@ -181,31 +179,6 @@ _WRITERS: dict[str, Callable[[Path, Samples], None]] = {
 }
 
 
-def _publish_file(draft: Path, out: Path, card: dict[str, Any]) -> tuple[Path, Path]:
-    """Data never stand without their card, nor with the card of others."""
-    out.unlink(missing_ok=True)
-    beside = out.with_name(f"{out.name}.{CARD}")
-    write_atomically(beside, _text(card))
-    draft.replace(out)
-    return out, beside
-
-
-def _publish_folder(draft: Path, out: Path, card: dict[str, Any]) -> tuple[Path, Path]:
-    """The card lies in the folder, and both take the place of the old ones together."""
-    write_atomically(draft / CARD, _text(card))
-    old = out.with_name(f".{out.name}.old-{os.getpid()}")
-    if out.exists():
-        out.rename(old)
-    try:
-        draft.replace(out)
-    except OSError:
-        if old.exists():
-            old.rename(out)
-        raise
-    _remove(old)
-    return out, out / CARD
-
-
 def _counted(batches: Iterator[LabelledImages], on_progress: Callable[[int], None]) -> Iterator[LabelledImages]:
     done = 0
     for batch in batches:
@@ -214,23 +187,13 @@ def _counted(batches: Iterator[LabelledImages], on_progress: Callable[[int], Non
         on_progress(done)
 
 
-def _pixels(batch: LabelledImages) -> np.ndarray:
-    """uint8, (n, H, W, C)."""
+def pixels(batch: LabelledImages) -> np.ndarray:
+    """Images as arrays are usually laid out: uint8, (n, H, W, C)."""
     return np.ascontiguousarray(batch.images.permute(0, 2, 3, 1).numpy())
 
 
-def _png(image: np.ndarray) -> bytes:
+def png(image: np.ndarray) -> bytes:
+    """One image, uint8 (H, W, C), as a PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def _text(card: dict[str, Any]) -> str:
-    return json.dumps(card, indent=1, default=str) + "\n"
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -247,7 +247,7 @@ def test_nothing_is_overwritten_without_force(runs: Runs, tmp_path: Path) -> Non
 
 def test_force_does_not_replace_what_is_no_export(runs: Runs, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(InputError, match="is no export"):
+    with pytest.raises(InputError, match=r"without card\.json it is not replaced"):
         export_run(runs, chosen(runs, "fid"), tmp_path, selected_by="fid", force=True)
     assert (tmp_path / "thesis.tex").exists()
 
@@ -280,8 +280,8 @@ def test_files_of_another_trial_are_refused(runs: Runs, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def call_best(database: str, out: Path, *more: str, study: str = "digits") -> Result:
-    arguments = ["best", study, "--tracking-uri", database, "--out", str(out), *more]
+def call_best(database: str, *more: str) -> Result:
+    arguments = ["best", "digits", "--tracking-uri", database, *more]
     return CliRunner().invoke(app, arguments, standalone_mode=False)
 
 
@@ -290,17 +290,15 @@ def wide_console(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
 
 
-def test_best_exports_both_and_a_picture(database: str, tmp_path: Path) -> None:
-    result = call_best(database, tmp_path / "out")
+def test_best_draws_what_the_best_and_the_baselines_make(database: str, tmp_path: Path) -> None:
+    result = call_best(database, "--plot", str(tmp_path / "comparison.png"))
     assert result.exception is None
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["best-accuracy", "best-fid", "comparison.png"]
-    for metric, trial in (("fid", "sharp"), ("accuracy", "useful")):
-        assert json.loads((tmp_path / "out" / f"best-{metric}" / "card.json").read_text())["trial"] == trial
-    assert Image.open(tmp_path / "out" / "comparison.png").size[0] > 500
+    assert Image.open(tmp_path / "comparison.png").size[0] > 500
+    assert [path.name for path in tmp_path.iterdir()] == ["comparison.png"]  # it shows, and takes nothing out
 
 
-def test_best_prints_one_json_document(database: str, tmp_path: Path) -> None:
-    document = json.loads(call_best(database, tmp_path / "out", "--json").stdout)
+def test_best_prints_one_json_document(database: str) -> None:
+    document = json.loads(call_best(database, "--json").stdout)
     assert document["accepted"] == 4
     assert len(document["rejected"]) == len(BAD)
     shown = {run["title"]: run for run in document["runs"]}
@@ -313,7 +311,7 @@ def test_best_prints_one_json_document(database: str, tmp_path: Path) -> None:
 
 def test_best_refuses_before_it_writes_anything(database: str, tmp_path: Path) -> None:
     (tmp_path / "comparison.png").write_text("mine")
-    result = call_best(database, tmp_path)
+    result = call_best(database, "--plot", str(tmp_path / "comparison.png"), "--csv", str(tmp_path / "table.csv"))
     assert isinstance(result.exception, InputError)
     assert [path.name for path in tmp_path.iterdir()] == ["comparison.png"]
 
@@ -342,7 +340,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_best_prints_the_comparison_and_the_reasons(
-    database: str, command: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    database: str, command: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command("best", "digits", "--tracking-uri", database) == 0
     printed = capsys.readouterr()
@@ -350,7 +348,6 @@ def test_best_prints_the_comparison_and_the_reasons(
     assert "4 of 16 runs accepted" in printed.out
     assert "above the target epsilon" in printed.out
     assert "whole study ε ≤ 31.416" in printed.out
-    assert (tmp_path / "exports" / "digits" / "best-fid").is_dir()
 
 
 def test_the_package_is_a_command() -> None:
@@ -359,38 +356,45 @@ def test_the_package_is_a_command() -> None:
     assert "best" in asked.stdout
 
 
-def test_best_by_a_rule_is_exported_under_its_name(database: str, tmp_path: Path) -> None:
-    result = call_best(database, tmp_path / "out", "--by", "accuracy:0.2", "--by", "fid", "--json")
-    document = json.loads(result.stdout)
+def test_best_by_a_rule_says_by_which(database: str) -> None:
+    document = json.loads(call_best(database, "--by", "accuracy:0.2", "--by", "fid", "--json").stdout)
     assert document["runs"][-1]["selected_by"] == "accuracy within 0.2, then FID"
     assert document["runs"][-1]["trial"] == "sharp"
-    assert document["written"][0] == str(tmp_path / "out" / "best-accuracy-fid")
 
 
-def test_best_says_how_it_compares_with_the_control(database: str, tmp_path: Path) -> None:
-    printed = call_best(database, tmp_path / "out", study="digits").stdout
+def test_the_best_by_a_rule_is_exported_under_its_name(
+    database: str, command: Callable[..., int], tmp_path: Path
+) -> None:
+    assert command("export", "digits", "--by", "accuracy:0.2", "--by", "fid", "--tracking-uri", database) == 0
+    (folder,) = (tmp_path / "exports" / "digits").iterdir()
+    assert folder.name == "best-accuracy-fid"
+    card = json.loads((folder / "card.json").read_text())
+    assert (card["trial"], card["selected_by"]) == ("sharp", "accuracy within 0.2, then FID")
+
+
+def test_best_says_how_it_compares_with_the_control(database: str) -> None:
+    printed = call_best(database).stdout
     assert "study 'digits' has no class-mean control at this ε" in printed  # none of its generators is one
 
 
-def test_several_studies_are_selected_from_with_all_their_promises(database: str, tmp_path: Path) -> None:
-    arguments = ["best", "digits", "ties", "--by", "fid", "--tracking-uri", database, "--out", str(tmp_path / "out")]
-    printed = CliRunner().invoke(app, arguments, standalone_mode=False).stdout
+def test_several_studies_are_selected_from_with_all_their_promises(database: str) -> None:
+    printed = call_best(database, "ties", "--by", "fid").stdout
     assert "digits+ties: 8 of 20 runs accepted" in printed
     assert "digits: each trial ε ≤ 10, whole study ε ≤ 31.416" in printed
     assert "together, by basic composition: ε ≤ 62.832, δ ≤ 2e-05" in printed  # twice 31.4159
 
 
-def test_a_winner_whose_files_are_gone_ends_the_command_before_it_writes(database: str, tmp_path: Path) -> None:
-    place = shutil.copytree(study_folder(database, "ties").parent, tmp_path / "copy")
-    uri = f"sqlite:///{place}/mlflow.db"
-    moved = study_folder(database, "ties").rename(tmp_path / "ties")
+def test_a_winner_whose_files_are_gone_is_one_line_that_says_where_they_were(
+    database: str, command: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    place = tmp_path.with_name(f"{tmp_path.name}-moved")
+    moved = study_folder(database, "ties").rename(place)
     try:
-        result = call_best(uri, tmp_path / "out", study="ties")
+        assert command("export", "ties", "--by", "fid", "--tracking-uri", database) == 2
     finally:
         moved.rename(study_folder(database, "ties"))
-    assert isinstance(result.exception, InputError)
-    assert "files of trial b are not at" in str(result.exception)
-    assert not (tmp_path / "out").exists()
+    assert "files of trial b are not at" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_runs_lists_what_was_set_apart_and_writes_all(
@@ -401,7 +405,7 @@ def test_runs_lists_what_was_set_apart_and_writes_all(
     assert list(pd.read_csv(tmp_path / "runs.csv")["reason"]) == ["diverged", "unfinished", "unfinished"]
 
 
-@pytest.mark.parametrize("word", ["best", "pareto", "importance", "evaluate-top"])
+@pytest.mark.parametrize("word", ["best", "pareto", "importance", "evaluate-top", "export"])
 def test_every_command_ends_with_code_2_where_all_runs_are_rejected(
     word: str, database: str, command: Callable[..., int], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -64,13 +64,14 @@ def test_every_command_answers(line: str, monkeypatch: pytest.MonkeyPatch, capsy
         analysis.cli.main()
     printed = capsys.readouterr()
     assert ended.value.code == 0, printed.err
-    assert "quickstart: 7 of 7 runs accepted" in printed.out
+    told = "models:/quickstart@best-accuracy" if " export " in line else "quickstart: 7 of 7 runs accepted"
+    assert told in printed.out
 
 
 def test_there_are_five_questions_each_with_a_line_of_python_and_a_command_and_the_report() -> None:
     assert len(blocks(DOCUMENT, "python")) == 1 + 5 + 1
     asked = [shlex.split(line)[1] for line in COMMANDS]
-    assert asked == ["runs", "best", "pareto", "importance", "evaluate-top", "report"]
+    assert asked == ["runs", "best", "pareto", "importance", "evaluate-top", "report", "export", "export"]
 
 
 def test_every_name_of_the_package_leads_to_a_function() -> None:

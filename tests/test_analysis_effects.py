@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +17,7 @@ from analysis.runs import Runs, load_runs
 from dpsink.errors import InputError
 from tests.stores import SPACE, large_study, study_run, trial_run, write_runs
 from tests.test_tracking import empty_database
+from tune import schema
 
 __all__ = ["empty_database"]  # a fixture
 LR, BLUR, SIGMA = SPACE
@@ -96,8 +99,9 @@ def test_a_range_that_the_study_does_not_tell_is_the_one_that_was_seen(database:
 
 
 def write(
-    empty_database: tuple[Path, str], place: Path, count: int, searched: str = "optimizer.lr,sinkhorn.cost"
-) -> Runs:
+    empty_database: tuple[Path, str], place: Path, count: int, searched: str = "optimizer.lr,sinkhorn.cost",
+    space: dict[str, Any] | None = None,
+) -> Runs:  # fmt: skip
     """Trials whose accuracy depends on a choice: `l2` is good."""
     shutil.copyfile(empty_database[0], place / "mlflow.db")
     rng = np.random.default_rng(1)
@@ -108,7 +112,8 @@ def write(
         )
         for index in range(count)
     ]  # fmt: skip
-    write_runs(place / "mlflow.db", [study_run("choices", searched=searched), *trials])
+    tags = {schema.SPACE_TAG: json.dumps(space or {})}
+    write_runs(place / "mlflow.db", [study_run("choices", searched=searched, tags=tags), *trials])
     return load_runs("choices", f"sqlite:///{place}/mlflow.db")
 
 
@@ -117,6 +122,33 @@ def test_a_choice_that_all_the_best_share_is_to_be_fixed(empty_database: tuple[P
     assert found.index[0] == "sinkhorn.cost"
     assert found.loc["sinkhorn.cost", "advice"] == "fix at l2"
     assert found.loc["sinkhorn.cost", "best"] == "l2"
+
+
+CONDITIONAL = {
+    "sinkhorn.cost": {"choice": ["l1", "l2"]},
+    "optimizer.lr": {"uniform": [1.0, 2.0], "when": {"sinkhorn.cost": ["l2"]}},
+    "seed": {"choice": [0, 1], "when": {"optimizer.lr": [1.5]}},
+}
+
+
+def test_what_was_searched_under_a_choice_only_is_left_out_and_said_to_be(
+    empty_database: tuple[Path, str], tmp_path: Path
+) -> None:
+    runs = write(empty_database, tmp_path, 40, searched=",".join(CONDITIONAL), space=CONDITIONAL)
+    found = importance(runs)
+    assert list(found["parameter"]) == ["sinkhorn.cost"]
+    assert found.attrs["left_out"] == ["optimizer.lr", "seed"]  # the one below it too
+    assert (
+        "optimizer.lr is left out: only some configurations searched it (--where 'sinkhorn.cost=l2'"
+        in (found.attrs["note"])
+    )
+
+
+def test_under_its_choice_it_counts(empty_database: tuple[Path, str], tmp_path: Path) -> None:
+    runs = write(empty_database, tmp_path, 40, searched=",".join(CONDITIONAL), space=CONDITIONAL)
+    found = importance(runs, where=["sinkhorn.cost=l2"])
+    assert list(found["parameter"]) == ["optimizer.lr"]
+    assert found.attrs["left_out"] == ["seed"]
 
 
 def test_too_few_configurations_are_refused(empty_database: tuple[Path, str], tmp_path: Path) -> None:

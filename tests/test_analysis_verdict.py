@@ -16,6 +16,7 @@ from scipy import stats
 
 import dpsink.judging
 from analysis.charts import verdict_figure
+from analysis.cli import main
 from analysis.runs import Runs, load_runs
 from analysis.selection import best
 from analysis.tables import guarantee
@@ -268,3 +269,33 @@ def test_both_studies_together_cost_what_the_second_says(repeated: Runs) -> None
 def test_a_repeating_study_alone_is_ranked_like_any_other(repeated: Runs) -> None:
     alone = load_runs("again", repeated.tracking_uri)
     assert len(best(alone)) == 2
+
+
+@pytest.mark.parametrize(
+    ("moment", "told", "kept"),
+    [
+        ("analysis.cli._load", "interrupted", 0),
+        ("dpsink.judging.judge", "interrupted; what is measured is kept: the same command goes on", 2),
+    ],
+)
+def test_ctrl_c_is_one_line_that_says_how_to_go_on(
+    moment: str, told: str, kept: int, runs: Runs, judged: list[dict[str, Any]], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    judge: Judge = dpsink.judging.judge
+
+    def stop(*words: Any, **options: Any) -> Any:
+        if len(judged) == kept:
+            raise KeyboardInterrupt
+        return judge(*words, **options)
+
+    command = ["evaluate-top", runs.name, "--tracking-uri", runs.tracking_uri, "--out", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", ["dpsink-analysis", *command, "--top", "2"])
+    monkeypatch.setattr(moment, stop)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    lines = capsys.readouterr().err.splitlines()
+    assert (ended.value.code, lines[-1]) == (130, told)
+    assert [line for line in lines[:-1] if not line.startswith("judging")] == []
+    assert len(list(tmp_path.glob("out/measured/*.json"))) == kept
+    assert not (tmp_path / "out" / "result.json").exists()

@@ -153,12 +153,22 @@ def test_reports_that_are_replaced_while_they_are_read_are_read_again(
     assert [report.step for report in study.reports("trial-0004")] == [10, 20, 30]
 
 
-def test_the_table_of_a_study_is_filtered_and_sorted_by_its_objective() -> None:
-    address, _, query = links.runs_link("http://here", "7", "abc", "fid").partition("?")
+def test_a_link_to_the_runs_names_the_study_s_own_view() -> None:
+    address, _, query = links.runs_link("http://here", "7", "abc").partition("?")
     assert address == "http://here/#/experiments/7/runs"
-    options = parse_qs(query)
-    assert options["searchFilter"] == ["tags.`dpsink.kind` = 'trial' and tags.`dpsink.study_id` = 'abc'"]
-    assert (options["orderByKey"], options["orderByAsc"]) == (["metrics.`fid`"], ["true"])
+    assert links.view_tag("abc") == f"mlflow.sharedViewState.{parse_qs(query)['viewStateShareKey'][0]}"
+
+
+def test_the_view_of_a_study_is_filtered_and_sorted_by_its_objective() -> None:
+    view = json.loads(links.view_of("abc", ["fid", "accuracy"], ["optimizer.lr"]))
+    assert view["searchFilter"] == "tags.`dpsink.kind` = 'trial' and tags.`dpsink.study_id` = 'abc'"
+    assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`fid`", True)
+    assert view["selectedColumns"][:3] == ["tags.`dpsink.status`", "metrics.`fid`", "metrics.`accuracy`"]
+
+
+def test_the_view_of_the_largest_search_fits_into_a_tag() -> None:
+    paths = [f"generator.some_rather_long_setting_{number:03d}" for number in range(200)]
+    assert len(links.view_of("0" * 32, ["fid", "accuracy"], paths)) < 5000  # MLflow's limit
 
 
 def test_at_most_25_runs_are_compared() -> None:

@@ -417,6 +417,15 @@ def test_one_bad_trial_does_not_hold_up_the_others(study: StudyFolder, monkeypat
     assert only_run(study).data.tags[schema.TRIAL_ID_TAG] == "two"
 
 
+def test_the_study_brings_its_view_of_the_runs(study: StudyFolder, uri: str) -> None:
+    rebuild(study)
+    experiment = connect(uri).get_experiment_by_name("dpsink")
+    assert experiment is not None
+    view = json.loads(experiment.tags["mlflow.sharedViewState.id-study"])
+    assert "params.`optimizer.lr`" in view["selectedColumns"]
+    assert view["compareRunCharts"][0]["selectedParams"] == ["optimizer.lr", "privacy.noise_multiplier"]
+
+
 def test_a_new_database_is_made_in_silence(empty_database: tuple[Path, str]) -> None:
     assert empty_database[1] == ""
 

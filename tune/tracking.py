@@ -28,7 +28,7 @@ from dpsink.privacy.plan import NON_PRIVATE
 from dpsink.records import CheckpointState, Report, latest_state
 from tune import schema
 from tune.folder import StudyFolder, TrialEnd, TrialRecord
-from tune.links import trials_of, where
+from tune.links import trials_of, view_of, view_tag, where
 from tune.study import Study
 
 if TYPE_CHECKING:  # its import takes seconds
@@ -139,6 +139,7 @@ class Mirror:
     def __init__(self, client: "MlflowClient", folder: StudyFolder) -> None:
         self.client, self.folder = client, folder
         self.record = folder.read_study()
+        self._view = ""  # of the study, as it was written last
         self._runs: dict[str | None, Shown] = {}  # by trial, of those that have not ended; None is the study's
 
     def study(self, state: schema.State | None) -> None:
@@ -149,6 +150,7 @@ class Mirror:
         """
         run = self._study
         self._describe_study(run)
+        self._share_view()
         self._log_statement(run)
         self._set_state(run, TrialEnd(state=state or run.state or self.study_state()), time.time())
 
@@ -252,6 +254,13 @@ class Mirror:
         if self.record.repeats:
             tags[schema.REPEATS_TAG] = self.record.repeats.study_id
         self._log(run, {f"{schema.STUDY_PARAM}{name}": value for name, value in facts.items()}, tags)
+
+    def _share_view(self) -> None:
+        """Which columns and charts MLflow's pages show of the study."""
+        view = view_of(self.record.study_id, self.record.objectives, self.record.searched)
+        if view != self._view:
+            self.client.set_experiment_tag(self._experiment, view_tag(self.record.study_id), view)
+            self._view = view
 
     def _describe_trial(self, run: Shown, record: TrialRecord, saved: CheckpointState | None) -> None:
         # What the checkpoint says it was trained on, rather than what the study meant it to be.

@@ -45,10 +45,10 @@ def serving(uri: str) -> Iterator[str]:
 
 
 def study_links(folder: StudyFolder, server: str, uri: str) -> dict[str, str]:
-    """Links to a study's runs, as a table and as charts, and to its best side by side.
+    """Links to a study's runs, as a table and as charts, and to the best of its search side by side.
 
     Raises:
-        InputError: MLflow knows no run of the study.
+        InputError: MLflow knows no run of the study, or has no view of it.
     """
     from tune.tracking import connect
 
@@ -57,11 +57,12 @@ def study_links(folder: StudyFolder, server: str, uri: str) -> dict[str, str]:
     experiment = client.get_experiment_by_name(record.experiment)
     ids = [] if experiment is None else [experiment.experiment_id]
     best = client.search_runs(
-        ids, links.trials_of(record.study_id), max_results=links.COMPARED, order_by=[links.order_of(metric)]
+        ids, links.searched_of(record.study_id), max_results=links.COMPARED, order_by=[links.order_of(metric)]
     ) if ids else []  # fmt: skip
-    if not best:
-        raise InputError(f"study {record.name}: MLflow has no run of it; `dpsink-tune track` writes them")
-    table = (server, ids[0], record.study_id, metric)
+    if experiment is None or not best or links.view_tag(record.study_id) not in experiment.tags:
+        missing = "no view" if best else "no run"
+        raise InputError(f"study {record.name}: MLflow has {missing} of it; `dpsink-tune track` writes what is missing")
+    table = (server, ids[0], record.study_id)
     return {
         "runs": links.runs_link(*table),
         "charts": links.runs_link(*table, charts=True),

@@ -55,14 +55,11 @@ def sample(
                 raise KeyboardInterrupt
 
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
             data, card_file = synthesize(
                 generator.to(device), description, card, labels=labels, seed=seed, out=out, on_progress=show
             )  # fmt: skip
         except KeyboardInterrupt:
             console.fail(f"stopped; nothing was written to {out}", console.INTERRUPTED)
-        except OSError as error:
-            raise InputError(f"{out}: cannot be written ({error.strerror}); choose another --out") from None
     if as_json:
         console.print_json({**card, "seed": seed, "images": str(data), "card": str(card_file), "count": len(labels)})
         return

@@ -10,7 +10,9 @@ import sys
 import textwrap
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,7 @@ from tune.packing import GpuEngine, LeaseLost, LeaseRanOut, News, Packing, closi
 from tune.search import make_record
 from tune.study import Resources, Study, load_study
 from tune.sweep import run_study
+from tune.wire import unpacked
 
 SLOW = pytest.mark.slow
 PATIENCE = 120  # seconds after which something that should happen has not
@@ -366,8 +369,33 @@ def noted(folder: StudyFolder, name: str, what: str) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def fit(folder: StudyFolder, packing: Packing, *, failures: int = 2, **run: Any) -> dict[str, Any]:
+@dataclass
+class Heard:
+    """What Tune heard of a trial: its reports in their order, and why it failed."""
+
+    reports: list[dict[str, Any]] = field(default_factory=list)
+    error: Any = None
+
+    @property
+    def steps(self) -> list[int]:
+        return [report["step"] for report in self.reports]
+
+
+class Ear(tune.Callback):
+    """Takes down what Tune hears."""
+
+    def __init__(self) -> None:
+        self.heard: dict[str, Heard] = defaultdict(Heard)
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **_: Any) -> None:
+        self.heard[trial.config["trial"]].reports.append(unpacked(result))
+
+
+def fit(
+    folder: StudyFolder, packing: Packing, *, failures: int = 2, callbacks: Sequence[tune.Callback] = (), **run: Any
+) -> dict[str, Heard]:
     """All trials of a folder on one GPU, through Tune; each client leaves a note of its process and of torch in it."""
+    ear = Ear()
 
     def client(config: dict[str, Any]) -> None:  # pickled by value: a worker need not import this module
         place = Path(config["folder"]) / "trials" / config["trial"]
@@ -384,16 +412,19 @@ def fit(folder: StudyFolder, packing: Packing, *, failures: int = 2, **run: Any)
         param_space={"folder": str(folder.path), "data_root": NOWHERE, "trial": tune.grid_search(names)},
         tune_config=tune.TuneConfig(max_concurrent_trials=4, reuse_actors=True),
         run_config=tune.RunConfig(
-            name="ray", storage_path=str(folder.path), verbose=0, failure_config=tune.FailureConfig(failures), **run
+            name="ray", storage_path=str(folder.path), verbose=0, failure_config=tune.FailureConfig(failures),
+            callbacks=[ear, *callbacks], **run,
         ),
-    )
+    )  # fmt: skip
     with closing_engines(packing):
-        results = tuner.fit()
-    return {result.config["trial"]: result for result in results if result.config}
+        for result in tuner.fit():
+            assert result.config
+            ear.heard[result.config["trial"]].error = result.error
+    return ear.heard
 
 
 @pytest.fixture(scope="module")
-def packed(cluster_address: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyFolder, dict[str, Any], Any]:
+def packed(cluster_address: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyFolder, dict[str, Heard], Any]:
     """Three trials on one GPU in two slots, one of them of another structure, one that fails; undisturbed."""
     folder = study_of(tmp_path_factory.mktemp("packed"), a=[], b=["seed=1"], c=[OTHER], bad=["seed=2"])
     folder.run("bad").mkdir(parents=True)
@@ -407,16 +438,16 @@ def test_trials_on_one_gpu_share_a_process_and_are_all_completed_once(packed: An
     folder, results, _ = packed
     assert len({process_of(folder, name) for name in "abc"}) == 1
     assert [attempts(folder, name) for name in "abc"] == [1, 1, 1]
-    assert [results[name].metrics["status"] for name in "abc"] == ["completed"] * 3
+    assert [results[name].reports[-1]["status"] for name in "abc"] == ["completed"] * 3
     assert [charged(folder, name) for name in "abc"] == [6, 6, 6]
 
 
 @SLOW
 def test_tune_hears_every_report_once_and_in_order(packed: Any) -> None:
     for name in "abc":
-        told = packed[1][name].metrics_dataframe
-        assert list(told["step"]) == [3, 6]
-        assert list(told["epsilon"]) == [report.epsilon for report in packed[0].reports(name)]
+        heard = packed[1][name]
+        assert heard.steps == [3, 6]
+        assert [told["epsilon"] for told in heard.reports] == [told.epsilon for told in packed[0].reports(name)]
 
 
 @SLOW
@@ -448,7 +479,7 @@ class Busy(tune.Callback):
 
 
 @pytest.fixture(scope="module")
-def unhurried(cluster_address: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyFolder, dict[str, Any]]:
+def unhurried(cluster_address: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyFolder, dict[str, Heard]]:
     """A trial whose report is heard too late to keep its lease, and one that is stopped at its first report."""
     folder = study_of(tmp_path_factory.mktemp("unhurried"), late=[], stopped=["seed=1"])
     packing = Packing("unhurried", 2, lease_seconds=1.0)
@@ -468,7 +499,7 @@ def test_trial_that_a_scheduler_stops_pays_for_no_step_after_its_report(unhurrie
 def test_client_whose_lease_ran_out_meanwhile_joins_again_and_nothing_is_told_twice(unhurried: Any) -> None:
     folder, results = unhurried
     assert attempts(folder, "late") == 2
-    assert (charged(folder, "late"), list(results["late"].metrics_dataframe["step"])) == (6, [3, 6])
+    assert (charged(folder, "late"), results["late"].steps) == (6, [3, 6])
 
 
 @SLOW
@@ -492,10 +523,10 @@ def test_killed_client_is_replaced_and_a_killed_engine_too_and_nothing_is_lost(
     threading.Thread(target=storm, daemon=True).start()
     results = fit(folder, Packing("storm", 2))
     assert before["opened"] == 1
-    assert [results[name].metrics["status"] for name in names] == ["completed"] * 2
+    assert [results[name].reports[-1]["status"] for name in names] == ["completed"] * 2
     assert process_of(folder, "a") != before["engine"]
     assert [charged(folder, name) for name in names] == [300, 300]
-    told = {name: list(results[name].metrics_dataframe["step"]) for name in names}
+    told = {name: results[name].steps for name in names}
     for name in names:
         # A killed engine may have had a durable report that it had not told; the one that a killed client had in hand
         # may come a second time, since nobody can know whether Tune had it.

@@ -125,6 +125,7 @@ def run_on_ray(study: Study, folder: StudyFolder, searcher: StudySearcher, liste
         TooLarge: a trial would wait for ever.
         NoRoom: the study's disk is full, or a node's memory is too small for its trials.
     """
+    ours = not ray.is_initialized()  # else the caller is connected to a cluster, and stays so
     try:
         fitting = _start(study)
         trainable, engines = _trainable(study)
@@ -133,7 +134,8 @@ def run_on_ray(study: Study, folder: StudyFolder, searcher: StudySearcher, liste
     except (tune.TuneError, RayError) as error:
         raise Crashed(NO_MEMORY if _is_memory(error) else _last_words(error)) from None
     finally:
-        ray.shutdown()
+        if ours:
+            ray.shutdown()
 
 
 def _trainable(study: Study) -> tuple[Callable[..., None], AbstractContextManager[None]]:

@@ -1,33 +1,174 @@
-import os, sys, time, subprocess
-from experiments.clusters.rehearsal import hosts, desk
-from experiments.clusters.rehearsal.desk import *
-from experiments.clusters.rehearsal.hosts import *
-if "--inside" not in sys.argv:
-    os.execvp("unshare",enter("desk",[*programs(),"+/tmp/cluster/out"],[sys.executable,"-m","experiments.clusters.rehearsal","--inside"]))
-lab=Lab(); head=lab.start("head",10); w1=lab.start("worker-1",11); w2=lab.start("worker-2",12)
-say("up")
-write_yaml(head.address,[w1.address,w2.address])
-print(YAML.read_text())
-os.environ.update(ENVIRONMENT)
-try:
-    print(do("ray","get-auth-token","--generate"))
-    print(do("ray","up","-y","--no-config-cache",str(YAML)))
-    watch=Watch(head)
+"""Rehearses a cluster on one machine: `python -m experiments.clusters.rehearsal`, as root.
+
+Three hosts in namespaces, each with its own address, ssh server, home, /tmp and /dev/shm, and one shared folder; the
+committed on-prem YAML through the real `ray up`; `dpsink-tune check`; a study through `ray job submit`, during which
+one worker is cut off and comes back, the raylet of another is killed, and a new one joins; `ray down`.
+
+Nothing outside of the namespaces is touched but the folder of the results, and Debian's packages where they are missing.
+All of it ends with this process, however that ends.
+"""
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from experiments.clusters.rehearsal import report
+from experiments.clusters.rehearsal.desk import (
+    BIN, DASHBOARD, ENVIRONMENT, HOME, LOG, STUDY, YAML, Failed, Watch, do, say, wait_for, write_yaml,
+)  # fmt: skip
+from experiments.clusters.rehearsal.faults import Faults
+from experiments.clusters.rehearsal.hosts import SHARED, Host, Lab, enter, programs
+from experiments.clusters.rehearsal.ledger import Trials, as_json, mlflow_runs
+
+PROGRAMS = {"sshd": "openssh-server", "ssh": "openssh-client", "rsync": "rsync", "ip": "iproute2"}
+STUDY_SECONDS = 300.0
+
+
+def main() -> None:
+    """Enters the namespaces of the desk, and works there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("rehearsal"), help="folder of the results")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.inside:
+        sys.exit(rehearse(options.out))
+    if os.geteuid() != 0:
+        sys.exit("error: namespaces with a network of their own need root; run it with sudo")
+    install()
+    out = options.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    again = [sys.executable, "-m", "experiments.clusters.rehearsal", "--inside", "--out", str(out)]
+    command = enter("desk", [*programs(), f"+{out}"], again)
+    environment = {**ENVIRONMENT, "XDG_CACHE_HOME": str(HOME / ".cache")}
+    os.execvpe(command[0], command, environment)
+
+
+def install() -> None:
+    """Installs what is missing from Debian's packages. /run is hidden meanwhile: no server is started."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    missing = [package for program, package in PROGRAMS.items() if shutil.which(program, path=path) is None]
+    if missing:
+        say(f"installing {', '.join(missing)}")
+        line = f"mount -t tmpfs tmpfs /run && apt-get -qq update && apt-get -qq -y install --no-install-recommends {' '.join(missing)}"
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        subprocess.run(["unshare", "--mount", "sh", "-c", line], check=True, env=environment, stdout=subprocess.DEVNULL)
+
+
+def rehearse(out: Path) -> int:
+    """The whole rehearsal; the exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    hosts: list[Host] = []
+    started = time.monotonic()
     try:
-        wait_for("nodes", lambda: len(watch.alive)==3, 100)
-    except Failed:
-        subprocess.run("mkdir -p /tmp/cluster/out/logs; cp -rL /proc/%d/root/tmp/ray/session_2*/logs/. /tmp/cluster/out/logs"%head.init,shell=True); raise
-    say("check")
-    print(do("ray","exec",str(YAML),f"dpsink-tune check {STUDY} --address auto"))
-    say("study")
-    tunnel=subprocess.Popen(["ray","dashboard",str(YAML)],env=ENVIRONMENT)
-    time.sleep(10)
-    job=subprocess.Popen(["ray","job","submit","--address",DASHBOARD,"--","dpsink-tune","sweep",str(STUDY),"--address","auto"],env=ENVIRONMENT,stdin=subprocess.DEVNULL)
-    job.wait(240)
-    say("down")
-    print(do("ray","down","-y",str(YAML)))
-    say("end")
-    print([ (h.name,h.processes()) for h in (head,w1,w2)])
-except Failed as f:
-    print(f); 
-    if "--shell" in sys.argv: time.sleep(10000)
+        document = play(hosts)
+    except (Failed, KeyboardInterrupt) as problem:
+        say(f"failed: {problem or 'stopped'}")
+        keep_logs(hosts, out)
+        return 1
+    document["seconds"] = round(time.monotonic() - started)
+    report.write(out, document, document["table"])
+    print(document["table"])
+    say(f"done in {document['seconds']} s: {out}/rehearsal.json, {out}/rehearsal.md")
+    for problem in document["problems"]:
+        say(f"problem: {problem}")
+    if document["problems"]:
+        keep_logs(hosts, out)
+    return int(bool(document["problems"]))
+
+
+def play(hosts: list[Host]) -> dict[str, Any]:
+    """From nothing to a finished study and no cluster."""
+    lab = Lab()
+    head, *workers = [lab.start(name, 10 + n) for n, name in enumerate(("head", "worker-1", "worker-2"))]
+    hosts += [head, *workers]
+    with ExitStack() as stack:
+        say("ray up")
+        watch = launch(head, workers)
+        stack.callback(watch.close)
+        say("dpsink-tune check")
+        checked = do("ray", "exec", str(YAML), f"dpsink-tune check {STUDY} --address auto")
+        say("ray job submit")
+        job = submit(stack)
+        trials = Trials(SHARED / "studies" / "rehearsal")
+        faults = Faults(lab, head, workers, watch, trials)
+        faults.cut(workers[0])
+        faults.kill_raylet(workers[1])
+        faults.add("worker-3", 13)
+        hosts[:] = [head, *workers]
+        say("waiting for the study's end")
+        wait_for("the study's end", lambda: job.poll() is not None, STUDY_SECONDS)
+    end, problems = trials.standing(), trials.problems()
+    if job.returncode:
+        problems.append(f"the job's exit code is {job.returncode}")
+    runs = mlflow_runs(SHARED / "mlflow.db")
+    if runs != {"FINISHED": len(trials.names()) + 1}:
+        problems.append(f"MLflow has other runs than one of each trial and one of the study: {runs}")
+    say("ray down")
+    do("ray", "down", "-y", str(YAML))
+    left = {host.name: len(host.processes("raylet")) + len(host.processes("gcs_server")) for host in [head, *workers]}
+    if any(left.values()):
+        problems.append(f"ray down left processes: {left}")
+    return {
+        "check": [line.strip() for line in checked.splitlines() if line.startswith(("ok ", "problem "))],
+        "faults": [report.plain(fault) for fault in faults.done],
+        "end": as_json(end),
+        "mlflow": runs,
+        "left after ray down": left,
+        "problems": problems,
+        "table": report.table(faults.done, end),
+    }
+
+
+def launch(head: Host, workers: list[Host]) -> Watch:
+    """Brings the cluster up; returns when all of its nodes are there."""
+    key = HOME / ".config/dpsink/fingerprint.key"
+    key.parent.mkdir(parents=True)
+    key.write_bytes(os.urandom(32))  # as a `--dry-run` at the desk leaves it
+    do("ray", "get-auth-token", "--generate")
+    write_yaml(head.address, [worker.address for worker in workers])
+    do("ray", "up", "-y", "--no-config-cache", str(YAML))
+    watch = Watch(head)
+    wait_for("all nodes", lambda: len(watch.alive) == 1 + len(workers), 120)
+    return watch
+
+
+def submit(stack: ExitStack) -> subprocess.Popen[bytes]:
+    """Submits the study through a tunnel to the dashboard."""
+    log = stack.enter_context(LOG.open("ab"))
+    quiet: dict[str, Any] = {"env": ENVIRONMENT, "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+    tunnel = subprocess.Popen([BIN / "ray", "dashboard", YAML], **quiet)
+    stack.callback(tunnel.kill)
+    wait_for("the dashboard", dashboard_answers, 60)
+    line = ["dpsink-tune", "sweep", str(STUDY), "--address", "auto"]
+    return subprocess.Popen([BIN / "ray", "job", "submit", "--address", DASHBOARD, "--", *line], **quiet)
+
+
+def dashboard_answers() -> bool:
+    """Whether the tunnel stands: an answer of any kind."""
+    done = subprocess.run(["curl", "--silent", "--output", "/dev/null", "--max-time", "2", DASHBOARD], check=False)
+    return done.returncode == 0
+
+
+def keep_logs(hosts: list[Host], out: Path) -> None:
+    """Copies what a person needs to find out why: the commands' output, and Ray's logs of all machines."""
+    shutil.rmtree(out / "logs", ignore_errors=True)
+    (out / "logs").mkdir()
+    if LOG.exists():
+        shutil.copy(LOG, out / "logs")
+    for host in hosts:
+        for place in host.file("/tmp/ray").glob("session_2*/logs"):
+            shutil.copytree(place, out / "logs" / host.name, ignore_dangling_symlinks=True, dirs_exist_ok=True)
+    if SHARED.exists():
+        shutil.copytree(SHARED, out / "logs" / "shared", dirs_exist_ok=True)
+    say(f"the logs are in {out}/logs")
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ YAML = HOME / "onprem.yaml"
 STUDY = Path(__file__).with_name("study.yaml")
 DASHBOARD = "http://127.0.0.1:8265"
 LOG = HOME / "log"
-SMALL = "--num-cpus=1 --object-store-memory=100000000 --disable-usage-stats"
+SMALL = "--object-store-memory=100000000 --disable-usage-stats"
 # A machine that does not answer counts as lost after a few seconds; by default it is after half a minute.
 QUICK = {"initial_delay_ms": 2000, "period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 5}
 ENVIRONMENT = {
@@ -61,10 +61,13 @@ def say(text: str) -> None:
 def write_yaml(head: str, workers: list[str]) -> None:
     """The on-prem YAML as it is committed, with these machines in it, and what is theirs alone.
 
-    The package is not installed from a wheel but seen where it is; there is one CPU to each node; lost nodes are noticed soon.
+    The package is not installed from a wheel but seen where it is; each worker has one CPU, and the head none; lost nodes
+    are noticed soon.
     """
     text = (PROJECT / "experiments/clusters/onprem.yaml").read_text(encoding="utf-8")
     config = yaml.safe_load(text.replace("/shared", str(SHARED)).replace("ray start ", f"ray start {SMALL} "))
+    _add_cpus(config["head_start_ray_commands"], 0)  # two cores are all there is
+    _add_cpus(config["worker_start_ray_commands"], 1)
     config["provider"] |= {"head_ip": head, "worker_ips": workers}
     config["auth"] = {"ssh_user": "root", "ssh_private_key": str(KEYS / "person")}
     config["file_mounts"] = {place: mine for place, mine in config["file_mounts"].items() if ".whl" not in place}
@@ -74,6 +77,10 @@ def write_yaml(head: str, workers: list[str]) -> None:
     seen = [f"ln -sfn {BIN.parent} ~/dpsink", f"grep -q PYTHONPATH ~/.bashrc || echo 'export {exports}' >> ~/.bashrc"]
     config["setup_commands"] = seen + [line for line in config["setup_commands"] if "~/dpsink/bin/" not in line]
     YAML.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+
+
+def _add_cpus(commands: list[str], cpus: int) -> None:
+    commands[-1] = commands[-1].replace("ray start ", f"ray start --num-cpus={cpus} ")
 
 
 def do(*words: str, patience: float = 180) -> str:
@@ -109,6 +116,8 @@ class Watch:
     def _listen(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
+            if not line.startswith("["):  # a word of Ray's own
+                continue
             self.alive = json.loads(line)
             say(f"nodes: {', '.join(self.alive)}")
 

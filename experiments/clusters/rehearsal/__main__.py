@@ -97,11 +97,10 @@ def play(hosts: list[Host]) -> dict[str, Any]:
         say("ray job submit")
         job = submit(stack)
         trials = Trials(SHARED / "studies" / "rehearsal")
-        faults = Faults(lab, head, workers, watch, trials)
+        faults = Faults(lab, head, watch, trials)
         faults.cut(workers[0])
         faults.kill_raylet(workers[1])
-        faults.add("worker-3", 13)
-        hosts[:] = [head, *workers]
+        hosts.append(faults.replace("worker-3", 13))
         say("waiting for the study's end")
         wait_for("the study's end", lambda: job.poll() is not None, STUDY_SECONDS)
     end, problems = trials.standing(), trials.problems()
@@ -112,7 +111,7 @@ def play(hosts: list[Host]) -> dict[str, Any]:
         problems.append(f"MLflow has other runs than one of each trial and one of the study: {runs}")
     say("ray down")
     do("ray", "down", "-y", str(YAML))
-    left = {host.name: len(host.processes("raylet")) + len(host.processes("gcs_server")) for host in [head, *workers]}
+    left = {host.name: len(host.processes("raylet")) + len(host.processes("gcs_server")) for host in hosts}
     if any(left.values()):
         problems.append(f"ray down left processes: {left}")
     return {

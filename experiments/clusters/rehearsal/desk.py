@@ -22,7 +22,7 @@ DASHBOARD = "http://127.0.0.1:8265"
 LOG = HOME / "log"
 SMALL = "--object-store-memory=100000000 --disable-usage-stats"
 # A machine that does not answer counts as lost after a few seconds; by default it is after half a minute.
-QUICK = {"initial_delay_ms": 2000, "period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 5}
+QUICK = {"initial_delay_ms": 2000, "period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 3}
 ENVIRONMENT = {
     "HOME": str(HOME),
     "PATH": f"{BIN}:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -101,6 +101,18 @@ def do(*words: str, patience: float = 180) -> str:
     if done.returncode:
         raise Failed(f"{' '.join(words)}: exit code {done.returncode}\n{done.stdout}")
     return done.stdout
+
+
+def prepare(address: str, head: str) -> None:
+    """Makes a machine a worker of the cluster, as `ray up` does it: its files, its setup, its start."""
+    config = yaml.safe_load(YAML.read_text(encoding="utf-8"))
+    ssh = ["ssh", "-i", str(KEYS / "person"), "-o", "StrictHostKeyChecking=no"]
+    for there, here in config["file_mounts"].items():
+        path = there.replace("~/", "")
+        do(*ssh, f"root@{address}", f"mkdir -p {os.path.dirname(path)}")
+        do("rsync", "--rsh", " ".join(ssh), str(Path(here).expanduser()), f"root@{address}:{path}")
+    for line in (*config["setup_commands"], *config["worker_start_ray_commands"]):
+        do(*ssh, f"root@{address}", f"export RAY_HEAD_IP={head}; test ! -f .bashrc || source .bashrc; {line}")
 
 
 class Watch:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.clusters.rehearsal.desk import YAML, Watch, do, say, wait_for, write_yaml
+from experiments.clusters.rehearsal.desk import Watch, prepare, say, wait_for
 from experiments.clusters.rehearsal.hosts import Host, Lab
 from experiments.clusters.rehearsal.ledger import Standing, Trials
 
@@ -28,10 +28,11 @@ class Fault:
 class Faults:
     """Makes faults, one after the other, and keeps their record."""
 
-    def __init__(self, lab: Lab, head: Host, workers: list[Host], watch: Watch, trials: Trials) -> None:
-        self.lab, self.head, self.workers, self.watch, self.trials = lab, head, workers, watch, trials
+    def __init__(self, lab: Lab, head: Host, watch: Watch, trials: Trials) -> None:
+        self.lab, self.head, self.watch, self.trials = lab, head, watch, trials
         self.done: list[Fault] = []
         self._started = 0.0
+        self._orphan = ("", 0)  # a trial that lost its node, and how often it had been opened by then
 
     def cut(self, host: Host) -> None:
         """A machine hangs and loses its network in the middle of a trial, and comes back when another has the trial."""
@@ -51,25 +52,25 @@ class Faults:
         self._end()
 
     def kill_raylet(self, host: Host) -> None:
-        """A node's raylet is killed."""
+        """A node's raylet is killed, and with it the trial's process."""
         name = self._busy(host)
         attempt = self.trials.attempts(name)
+        self._orphan = (name, attempt)
         self._begin(f"the raylet of {host.name} is killed, training {name}", host, name)
         host.signal(signal.SIGKILL, "raylet/raylet ")
         self._when("noticed", lambda: host.name not in self.watch.alive)
-        self._when("resumed elsewhere", lambda: self.trials.attempts(name) > attempt)
         self._end()
 
-    def add(self, name: str, number: int) -> None:
-        """A new machine joins, as a person adds it: one more address in the YAML, and `ray up` again."""
-        self._begin(f"{name} joins in its place", None, None)
+    def replace(self, name: str, number: int) -> Host:
+        """A new machine joins, as a person adds one: by the YAML's own commands, over ssh."""
+        self._begin(f"{name} joins", None, None)
         host = self.lab.start(name, number)
-        self.workers.append(host)
-        write_yaml(self.head.address, [worker.address for worker in self.workers])
-        do("ray", "up", "-y", "--no-config-cache", "--no-restart", str(YAML))
+        prepare(host.address, self.head.address)
         self._when("a node of the cluster", lambda: name in self.watch.alive)
-        self._when("trains", lambda: self.trials.running_on(name))
+        orphan, attempt = self._orphan
+        self._when(f"{orphan} resumed", lambda: self.trials.attempts(orphan) > attempt)
         self._end()
+        return host
 
     def _busy(self, host: Host) -> str:
         """A trial that the host has, in its first half, in the middle of a reservation that was made this instant."""

@@ -129,7 +129,9 @@ def study_status(folder: StudyFolder) -> str:
 
 def files_of(folder: StudyFolder) -> dict[str, str]:
     """Content of all that a study's trials left behind."""
-    files = (path for path in (folder.path / "trials").rglob("*") if path.is_file() and not path.name.startswith("lock-"))
+    files = (
+        path for path in (folder.path / "trials").rglob("*") if path.is_file() and not path.name.startswith("lock-")
+    )
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 

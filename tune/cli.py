@@ -138,7 +138,7 @@ def check(
     from tune.check import Preflight, look
     from tune.nodes import cluster
 
-    preflight, findings = Preflight(study, data_root), []
+    preflight, findings = Preflight(study, data_root, grows=address is not None), []
     with cluster(address):
         for finding in look((*preflight.quick(), *preflight.thorough())):
             findings.append(finding)

@@ -4,7 +4,7 @@ Three hosts in namespaces, each with its own address, ssh server, home, /tmp and
 committed on-prem YAML through the real `ray up`; `dpsink-tune check`; a study through `ray job submit`, during which
 one worker is cut off and comes back, the raylet of another is killed, and a new one joins; `ray down`.
 
-Nothing outside of the namespaces is touched but the folder of the results, and Debian's packages where they are missing.
+Nothing outside of the namespaces is touched but the folder of the results, and Debian's packages where some are missing.
 All of it ends with this process, however that ends.
 """
 
@@ -21,7 +21,19 @@ from typing import Any
 
 from experiments.clusters.rehearsal import report
 from experiments.clusters.rehearsal.desk import (
-    BIN, DASHBOARD, ENVIRONMENT, HOME, LOG, STUDY, YAML, Failed, Watch, do, say, wait_for, write_yaml,
+    BIN,
+    DASHBOARD,
+    ENVIRONMENT,
+    HOME,
+    LOG,
+    STUDY,
+    YAML,
+    Failed,
+    Watch,
+    do,
+    say,
+    wait_for,
+    write_yaml,
 )  # fmt: skip
 from experiments.clusters.rehearsal.faults import Faults
 from experiments.clusters.rehearsal.hosts import SHARED, Host, Lab, enter, programs
@@ -56,7 +68,8 @@ def install() -> None:
     missing = [package for program, package in PROGRAMS.items() if shutil.which(program, path=path) is None]
     if missing:
         say(f"installing {', '.join(missing)}")
-        line = f"mount -t tmpfs tmpfs /run && apt-get -qq update && apt-get -qq -y install --no-install-recommends {' '.join(missing)}"
+        install = f"apt-get -qq -y install --no-install-recommends {' '.join(missing)}"
+        line = f"mount -t tmpfs tmpfs /run && apt-get -qq update && {install}"
         environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
         subprocess.run(["unshare", "--mount", "sh", "-c", line], check=True, env=environment, stdout=subprocess.DEVNULL)
 
@@ -110,19 +123,25 @@ def play(hosts: list[Host]) -> dict[str, Any]:
     if runs != {"FINISHED": len(trials.names()) + 1}:
         problems.append(f"MLflow has other runs than one of each trial and one of the study: {runs}")
     say("ray down")
+    down = time.monotonic()
     do("ray", "down", "-y", str(YAML))
-    left = {host.name: len(host.processes("raylet")) + len(host.processes("gcs_server")) for host in hosts}
-    if any(left.values()):
-        problems.append(f"ray down left processes: {left}")
+    wait_for("the last Ray process's end", lambda: not any(map(ray_processes, hosts)), 90)
+    down = round(time.monotonic() - down, 1)
     return {
         "check": [line.strip() for line in checked.splitlines() if line.startswith(("ok ", "problem "))],
         "faults": [report.plain(fault) for fault in faults.done],
         "end": as_json(end),
+        "trials": trials.document(),
         "mlflow": runs,
-        "left after ray down": left,
+        "seconds of ray down": down,  # to the end of the last process: workers miss the head, and end by themselves
         "problems": problems,
         "table": report.table(faults.done, end),
     }
+
+
+def ray_processes(host: Host) -> list[int]:
+    """Those that make a machine a node."""
+    return [*host.processes("raylet/raylet "), *host.processes("gcs/gcs_server ")]
 
 
 def launch(head: Host, workers: list[Host]) -> Watch:
@@ -138,7 +157,7 @@ def launch(head: Host, workers: list[Host]) -> Watch:
     return watch
 
 
-def submit(stack: ExitStack) -> subprocess.Popen[bytes]:
+def submit(stack: ExitStack) -> subprocess.Popen[Any]:
     """Submits the study through a tunnel to the dashboard."""
     log = stack.enter_context(LOG.open("ab"))
     quiet: dict[str, Any] = {"env": ENVIRONMENT, "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
@@ -146,7 +165,8 @@ def submit(stack: ExitStack) -> subprocess.Popen[bytes]:
     stack.callback(tunnel.kill)
     wait_for("the dashboard", dashboard_answers, 60)
     line = ["dpsink-tune", "sweep", str(STUDY), "--address", "auto"]
-    return subprocess.Popen([BIN / "ray", "job", "submit", "--address", DASHBOARD, "--", *line], **quiet)
+    job = [BIN / "ray", "job", "submit", "--address", DASHBOARD, "--", *line]
+    return subprocess.Popen(job, **quiet)
 
 
 def dashboard_answers() -> bool:

@@ -61,8 +61,8 @@ def say(text: str) -> None:
 def write_yaml(head: str, workers: list[str]) -> None:
     """The on-prem YAML as it is committed, with these machines in it, and what is theirs alone.
 
-    The package is not installed from a wheel but seen where it is; each worker has one CPU, and the head none; lost nodes
-    are noticed soon.
+    The package is not installed from a wheel but seen where it is; each worker has one CPU, and the head none;
+    lost nodes are noticed soon.
     """
     text = (PROJECT / "experiments/clusters/onprem.yaml").read_text(encoding="utf-8")
     config = yaml.safe_load(text.replace("/shared", str(SHARED)).replace("ray start ", f"ray start {SMALL} "))
@@ -72,6 +72,7 @@ def write_yaml(head: str, workers: list[str]) -> None:
     config["auth"] = {"ssh_user": "root", "ssh_private_key": str(KEYS / "person")}
     config["file_mounts"] = {place: mine for place, mine in config["file_mounts"].items() if ".whl" not in place}
     ours = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    ours["RAY_gcs_rpc_server_reconnect_timeout_s"] = "20"  # that a node goes on without its head; by default 60
     ours |= {f"RAY_health_check_{name}": str(value) for name, value in QUICK.items()}
     exports = " ".join(f"{name}={value}" for name, value in ours.items())
     seen = [f"ln -sfn {BIN.parent} ~/dpsink", f"grep -q PYTHONPATH ~/.bashrc || echo 'export {exports}' >> ~/.bashrc"]

@@ -48,7 +48,16 @@ class Host:
     def command(self, line: str) -> list[str]:
         """The command line that runs a line of a login shell there."""
         there = ["nsenter", "--target", str(self.init), "--net", "--mount", "--pid", "--uts", "--ipc"]
-        return [*there, "env", "-i", f"HOME={Path.home()}", "bash", "--login", "-c", f"cd; test ! -f .bashrc || source .bashrc; {line}"]
+        return [
+            *there,
+            "env",
+            "-i",
+            f"HOME={Path.home()}",
+            "bash",
+            "--login",
+            "-c",
+            f"cd; test ! -f .bashrc || source .bashrc; {line}",
+        ]
 
     def run(self, line: str) -> str:
         """What a line of shell prints there."""

@@ -98,8 +98,21 @@ class Trials:
             reported = self.folder.reports(name)[-1]
             reserved = sum(e.data.get("reserved", 0) - e.data.get("given_back", 0) for e in entries.values())
             if not reported.step <= reported.charged == min(record.steps, reserved):
-                found.append(f"{name}: {reported.step} steps ran, {reported.charged} were reported, {reserved} reserved")
+                found.append(
+                    f"{name}: {reported.step} steps ran, {reported.charged} were reported, {reserved} reserved"
+                )
         return found
+
+    def document(self) -> dict[str, dict[str, int]]:
+        """Of each trial: how often it was opened, steps charged to it, and those of them that were lost to faults."""
+        return {
+            name: {
+                "attempts": self.attempts(name),
+                "charged": self.charged(name),
+                "lost": self.charged(name) - self.folder.reports(name)[-1].step,
+            }
+            for name in self.names()
+        }
 
     def _completed(self, name: str) -> bool:
         end = self.folder.end_of(name)

@@ -82,7 +82,7 @@ def rehearse(out: Path) -> int:
     try:
         document = play(hosts)
     except (Failed, KeyboardInterrupt) as problem:
-        say(f"failed: {problem or 'stopped'}")
+        say(f"failed: {str(problem) or 'stopped'}")
         keep_logs(hosts, out)
         return 1
     document["seconds"] = round(time.monotonic() - started)

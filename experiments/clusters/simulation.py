@@ -1,12 +1,12 @@
 """What a study's driver takes with many trials in flight: `python -m experiments.clusters.simulation --in-flight 64`.
 
-The driver is the real one: session, searcher, both ledgers, study folder, board, and MLflow's tracker on sqlite. In Ray's place
-stands a loop that asks and tells as Tune does, and in the trials' place one process that writes, when they are due, the
-reservations, checkpoints and reports that trials would write. So Ray's own work (placing actors, starting processes, its
-messages) is not in these figures: it cannot be had at this size on one machine.
+The driver is the real one: session, searcher, both ledgers, study folder, board, and MLflow's tracker on sqlite. In
+Ray's place stands a loop that asks and tells as Tune does, and in the trials' place one process that writes, when they
+are due, the reservations, checkpoints and reports that trials would write. So Ray's own work (placing actors, starting
+processes, its messages) is not in these figures: it cannot be had at this size on one machine.
 
-Measured: the driver's memory; from a slot's becoming free to the next trial's being decided and admitted; from a trial's
-report to its being handled, and to its being in MLflow.
+Measured: the driver's memory; from a slot's becoming free to the next trial's being decided and admitted; from a
+trial's report to its being handled, and to its being in MLflow.
 """
 
 import argparse
@@ -280,7 +280,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
             axis.plot(values, [(k + 1) / len(values) for k in range(len(values))], label=label)
     titles = (
         ("driver's memory, MiB", "seconds of the study"), ("runs that wait for MLflow", "seconds of the study"),
-        ("from a free slot to the next trial: share within", "seconds"), ("from a report to MLflow: share within", "seconds"),
+        ("from a free slot to the next trial: share within", "seconds"), 
+        ("from a report to MLflow: share within", "seconds"),
     )  # fmt: skip
     for axis, (title, below) in zip(axes.flat, titles, strict=True):
         axis.set_title(title)

@@ -4,7 +4,8 @@ Three hosts in namespaces, each with its own address, ssh server, home, /tmp and
 committed on-prem YAML through the real `ray up`; `dpsink-tune check`; a study through `ray job submit`, during which
 one worker is cut off and comes back, the raylet of another is killed, and a new one joins; `ray down`.
 
-Nothing outside of the namespaces is touched but the folder of the results, and Debian's packages where some are missing.
+Nothing outside of the namespaces is touched but the folder of the results, and Debian's packages where some are
+missing.
 All of it ends with this process, however that ends.
 """
 

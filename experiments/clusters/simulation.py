@@ -227,22 +227,29 @@ def picture(config: TrialConfig) -> bytes:
     return sample_grid(build_generator(config, (1, 8, 8), 10), num_classes=10)
 
 
-def measure(load: Load, place: Path) -> Measured:
-    """One study of that load, in this process."""
-    path = place / "study.yaml"
+def simulated_study(place: Path, name: str, *, trials: int, points: int, concurrency: int = 0) -> Path:
+    """Writes a study whose trials are to be simulated; its file."""
+    path = place / f"{name}.yaml"
     path.write_text(f"""
-name: simulated
+name: {name}
 trial:
   data: {{name: digits}}
   generator: {{kind: conv_cond, hidden_dim: 8}}
-  privacy: {{mechanism: record, target_epsilon: 10, delta: 5.0e-5, step_limit: {10 * load.points}}}
-  evaluation: {{points: {load.points}, samples: 200, classifiers: [logreg]}}
+  privacy: {{mechanism: record, target_epsilon: 10, delta: 5.0e-5, step_limit: {10 * points}}}
+  evaluation: {{points: {points}, samples: 200, classifiers: [logreg]}}
 space:
   privacy.noise_multiplier: {{log_uniform: [3.0, 5.0]}}
-algorithm: {{kind: random, trials: {load.trials}}}
+algorithm: {{kind: random, trials: {trials}}}
 objectives: [accuracy_logreg]
+resources: {{concurrency: {concurrency}}}
 storage: {place}/studies
-""")  # fmt: skip
+""")
+    return path
+
+
+def measure(load: Load, place: Path) -> Measured:
+    """One study of that load, in this process."""
+    path = simulated_study(place, "simulated", trials=load.trials, points=load.points)
     measured = Measured(load)
     Timed.measured = measured
     cluster.run_on_ray = Ticking(load, measured)  # type: ignore[assignment]

@@ -10,12 +10,14 @@ All of it ends with this process, however that ends.
 """
 
 import argparse
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -48,16 +50,18 @@ def main() -> None:
     """Enters the namespaces of the desk, and works there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("rehearsal"), help="folder of the results")
+    parser.add_argument("--scaling", action="store_true", help="no faults: throughput on 1, 2 and 3 workers")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
-        sys.exit(rehearse(options.out))
+        sys.exit(rehearse(options.out, scale if options.scaling else play))
     if os.geteuid() != 0:
         sys.exit("error: namespaces with a network of their own need root; run it with sudo")
     install()
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     again = [sys.executable, "-m", "experiments.clusters.rehearsal", "--inside", "--out", str(out)]
+    again += ["--scaling"] * options.scaling
     command = enter("desk", [*programs(), f"+{out}"], again)
     environment = {**ENVIRONMENT, "XDG_CACHE_HOME": str(HOME / ".cache")}
     os.execvpe(command[0], command, environment)
@@ -75,21 +79,22 @@ def install() -> None:
         subprocess.run(["unshare", "--mount", "sh", "-c", line], check=True, env=environment, stdout=subprocess.DEVNULL)
 
 
-def rehearse(out: Path) -> int:
-    """The whole rehearsal; the exit code."""
+def rehearse(out: Path, scene: Callable[[list[Host]], dict[str, Any]]) -> int:
+    """A scene from its beginning to its end; the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     hosts: list[Host] = []
     started = time.monotonic()
     try:
-        document = play(hosts)
+        document = scene(hosts)
     except (Failed, KeyboardInterrupt) as problem:
         say(f"failed: {str(problem) or 'stopped'}")
         keep_logs(hosts, out)
         return 1
     document["seconds"] = round(time.monotonic() - started)
-    report.write(out, document, document["table"])
+    name = "scaling" if scene is scale else "rehearsal"
+    report.write(out, name, document)
     print(document["table"])
-    say(f"done in {document['seconds']} s: {out}/rehearsal.json, {out}/rehearsal.md")
+    say(f"done in {document['seconds']} s: {out}/{name}.json, {out}/{name}.md")
     for problem in document["problems"]:
         say(f"problem: {problem}")
     if document["problems"]:
@@ -138,6 +143,21 @@ def play(hosts: list[Host]) -> dict[str, Any]:
         "problems": problems,
         "table": report.table(faults.done, end),
     }
+
+
+def scale(hosts: list[Host]) -> dict[str, Any]:
+    """How a study's throughput grows with the workers."""
+    lab = Lab()
+    head, *workers = [lab.start(f"worker-{n}" if n else "head", 10 + n) for n in range(4)]
+    hosts += [head, *workers]
+    watch = launch(head, workers)
+    say("throughput on 1, 2 and 3 workers")
+    printed = head.run(f"python -m experiments.clusters.rehearsal.scaling {SHARED}")
+    watch.close()
+    rows = [json.loads(line.removeprefix("scaling ")) for line in printed.splitlines() if line.startswith("scaling ")]
+    lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
+    lines += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
+    return {"rows": rows, "problems": [], "table": "\n".join(lines)}
 
 
 def ray_processes(host: Host) -> list[int]:

@@ -19,10 +19,10 @@ def table(faults: list[Fault], end: Standing) -> str:
     return "\n".join([lines[0], "|---" * 4 + "|", *lines[1:]])
 
 
-def write(out: Path, document: dict[str, Any], text: str) -> None:
-    """Writes `rehearsal.json` and `rehearsal.md`."""
-    (out / "rehearsal.json").write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
-    (out / "rehearsal.md").write_text(text + "\n", encoding="utf-8")
+def write(out: Path, name: str, document: dict[str, Any]) -> None:
+    """Writes all of it as `NAME.json`, and its table as `NAME.md`."""
+    (out / f"{name}.json").write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
+    (out / f"{name}.md").write_text(document["table"] + "\n", encoding="utf-8")
 
 
 def plain(fault: Fault) -> dict[str, Any]:

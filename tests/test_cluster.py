@@ -1,12 +1,18 @@
 """On a cluster nodes come and go: how many trials run at a time, what a lost node costs, what `check` says of nodes."""
 
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 
+from dpsink.config import TrialConfig
+from dpsink.data import ImageData
 from dpsink.errors import InputError
+from dpsink.privacy.storage import FencedError
+from dpsink.training import Ensemble, TrialRun
 from tune import cluster
 from tune.check import Preflight
 from tune.cluster import NODE_LOSSES, TooLarge, _Following, _Relay
@@ -141,3 +147,45 @@ def test_check_lets_a_cluster_grow_from_none_if_the_study_says_how_far(tmp_path:
     assert preflight(tmp_path, head, grows=True, gpu=1, concurrency=8)._nodes().startswith("1 with room for 0")
     with pytest.raises(InputError, match="fit on no node"):
         preflight(tmp_path, head, gpu=1, concurrency=8)._nodes()
+
+
+# A process that was given up, and does not know it.
+
+
+@pytest.fixture
+def taken_over(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[TrialRun, TrialRun]]:
+    """A trial's run on a host that was cut off, after two steps, and the run on the host that has it now."""
+    config = TrialConfig.model_validate(
+        {
+            "generator": {"hidden_dim": 8},
+            "privacy": {"noise_multiplier": 3, "delta": 5e-5, "step_limit": 8},
+            "evaluation": {"points": 1, "samples": 20, "classifiers": ["logreg"]},
+        }
+    )
+    monkeypatch.setattr(socket, "gethostname", lambda: "cut-off")
+    with TrialRun.open(config, digits, tmp_path) as old:
+        ensemble = Ensemble()
+        ensemble.add(old)
+        ensemble.advance()
+        ensemble.advance()
+        monkeypatch.setattr(socket, "gethostname", lambda: "new")
+        with TrialRun.open(config, digits, tmp_path) as new:
+            new.save()
+            yield old, new
+
+
+def test_host_that_was_cut_off_keeps_no_other_from_its_trial(taken_over: tuple[TrialRun, TrialRun]) -> None:
+    old, new = taken_over
+    assert (old.budget.attempt, new.budget.attempt) == (1, 2)
+
+
+def test_replaced_process_is_granted_no_step_and_saves_nothing(taken_over: tuple[TrialRun, TrialRun]) -> None:
+    old, new = taken_over
+    before = {path: path.read_bytes() for path in old.folder.rglob("*") if path.is_file()}
+    for attempt in (lambda: old.budget.reserve(1), old.save, old.stop):
+        with pytest.raises(FencedError):
+            attempt()
+    assert {path: path.read_bytes() for path in old.folder.rglob("*") if path.is_file()} == before
+    assert new.budget.reserve(1) == 1

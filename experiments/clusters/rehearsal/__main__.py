@@ -42,7 +42,9 @@ from experiments.clusters.rehearsal.faults import Faults
 from experiments.clusters.rehearsal.hosts import SHARED, Host, Lab, enter, programs
 from experiments.clusters.rehearsal.ledger import Trials, as_json, mlflow_runs
 
-PROGRAMS = {"sshd": "openssh-server", "ssh": "openssh-client", "rsync": "rsync", "ip": "iproute2"}
+PROGRAMS = {
+    "sshd": "openssh-server", "ssh": "openssh-client", "rsync": "rsync", "ip": "iproute2", "curl": "curl",
+}  # fmt: skip
 STUDY_SECONDS = 300.0
 
 
@@ -68,15 +70,14 @@ def main() -> None:
 
 
 def install() -> None:
-    """Installs what is missing from Debian's packages. /run is hidden meanwhile: no server is started."""
+    """Installs what is missing from Debian's packages; no server of theirs is started."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
     missing = [package for program, package in PROGRAMS.items() if shutil.which(program, path=path) is None]
     if missing:
         say(f"installing {', '.join(missing)}")
-        install = f"apt-get -qq -y install --no-install-recommends {' '.join(missing)}"
-        line = f"mount -t tmpfs tmpfs /run && apt-get -qq update && {install}"
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        subprocess.run(["unshare", "--mount", "sh", "-c", line], check=True, env=environment, stdout=subprocess.DEVNULL)
+        quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "SYSTEMD_OFFLINE": "1", "RUNLEVEL": "1"}
+        for words in (["update"], ["-y", "install", "--no-install-recommends", *missing]):
+            subprocess.run(["apt-get", "-qq", *words], check=True, env=quiet, stdout=subprocess.DEVNULL)
 
 
 def rehearse(out: Path, scene: Callable[[list[Host]], dict[str, Any]]) -> int:

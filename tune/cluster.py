@@ -162,10 +162,10 @@ def run_on_ray(study: Study, folder: StudyFolder, searcher: StudySearcher, liste
     ours = not ray.is_initialized()  # else the caller is connected to a cluster, and stays so
     try:
         fitting = _start(study)
-        limiter = _limited(searcher, study.resources, fitting, follows=not ours)
         trainable, engines = _trainable(study)
         with console.stop_on_signals() as should_stop, engines:  # after Ray has set handlers of its own
-            _tuner(study, folder, limiter, _Relay(listener, should_stop, folder.path), trainable).fit()
+            relay = _Relay(listener, should_stop, folder.path)
+            _tuner(study, folder, searcher, relay, trainable, fitting if ours else None).fit()
     except (tune.TuneError, RayError) as error:
         raise Crashed(NO_MEMORY if _is_memory(error) else _last_words(error)) from None
     finally:
@@ -188,16 +188,15 @@ def _trainable(study: Study) -> tuple[Callable[..., None], AbstractContextManage
 def _tuner(
     study: Study,
     folder: StudyFolder,
-    limiter: ConcurrencyLimiter,
+    searcher: StudySearcher,
     relay: _Relay,
     trainable: Callable[..., None],
+    fitting: int | None,
 ) -> tune.Tuner:
-    searcher = limiter.searcher
-    assert isinstance(searcher, StudySearcher)
     return tune.Tuner(
         tune.with_resources(trainable, {"cpu": study.resources.cpu, "gpu": study.resources.gpu}),
         tune_config=tune.TuneConfig(
-            search_alg=limiter,
+            search_alg=_limited(searcher, study.resources, fitting),
             scheduler=_Stopper(searcher.should_stop),
             num_samples=searcher.remaining,
             reuse_actors=True,
@@ -212,16 +211,15 @@ def _tuner(
     )
 
 
-def _limited(searcher: StudySearcher, resources: Resources, fitting: int, *, follows: bool) -> ConcurrencyLimiter:
+def _limited(searcher: StudySearcher, resources: Resources, fitting: int | None) -> ConcurrencyLimiter:
     """The searcher with a limit: without one Ray asks for a trial before there is room, and starts workers one by one.
 
     Args:
-        fitting: trials that fit by now.
-        follows: whether nodes may come and go.
+        fitting: trials that fit at a time; None where nodes come and go.
     """
-    if follows and not resources.concurrency:
-        return _Following(searcher, resources)
-    return ConcurrencyLimiter(searcher, max_concurrent=resources.concurrency or fitting)
+    if limit := resources.concurrency or fitting:
+        return ConcurrencyLimiter(searcher, max_concurrent=limit)
+    return _Following(searcher, resources)
 
 
 def _start(study: Study) -> int:

@@ -395,7 +395,12 @@ class TrialRun:
         return report
 
     def save(self) -> None:
-        """Makes the state durable; it is up to date outside a slot."""
+        """Makes the state durable; it is up to date outside a slot.
+
+        Raises:
+            FencedError: another process has taken the trial over; its checkpoints stay as they are.
+        """
+        self.budget.refuse_if_fenced()
         description = CheckpointState(
             config=self.config,
             plan=asdict(self.plan),

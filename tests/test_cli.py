@@ -592,7 +592,7 @@ def test_lost_ledger_is_refused(copy: Path, dpsink: Command) -> None:
 def test_run_that_another_process_trains_is_refused(copy: Path, dpsink: Command) -> None:
     import fcntl
 
-    with open(copy / "ledger" / "lock", "a+") as lock:
+    with open(next((copy / "ledger").glob("lock-*")), "a+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         check_refused(dpsink("train", *small(), "--out", copy), "in use by process")
 

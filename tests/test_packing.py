@@ -361,7 +361,7 @@ def engines_of(packing: Packing) -> list[str]:
 
 def process_of(folder: StudyFolder, name: str) -> int:
     """The process that has a trial open, which its ledger's lock names."""
-    return int((folder.run(name) / "ledger" / "lock").read_text().split()[0])
+    return int(next((folder.run(name) / "ledger").glob("lock-*")).read_text().split()[0])
 
 
 def noted(folder: StudyFolder, name: str, what: str) -> str:

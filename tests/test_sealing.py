@@ -471,5 +471,5 @@ def test_the_winners_files_tell_neither_when_nor_by_which_process_they_were_made
     places = [folder.trial("winner"), *folder.trial("winner").rglob("*")]
     assert len(places) > 10
     assert min(place.stat().st_mtime for place in places) > started - 0.1
-    assert not [place for place in places if place.name == "lock"]
+    assert not [place for place in places if place.name.startswith("lock")]
     assert folder.read_trial("winner").number is None

@@ -131,6 +131,13 @@ def test_distribution_that_cannot_be_drawn_from_is_refused(tmp_path: Path, space
     assert rule in message
 
 
+@pytest.mark.parametrize("storage", ["s3://bucket/studies", "gs://bucket"])
+def test_storage_in_an_object_store_is_refused(storage: str) -> None:
+    """It would be a local folder of that name, which no other node sees."""
+    with pytest.raises(ValueError, match="must be a folder, on a cluster one that all nodes share"):
+        Study(name="any", storage=storage)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["", "../up", "a b", ".hidden", "a/b", "x" * 65, 3])
 def test_name_that_is_no_folder_is_refused(tmp_path: Path, name: Any) -> None:
     assert "name" in refusal(tmp_path, name=name)

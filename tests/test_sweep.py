@@ -130,7 +130,9 @@ def study_status(folder: StudyFolder) -> str:
 
 def files_of(folder: StudyFolder) -> dict[str, str]:
     """Content of all that a study's trials left behind."""
-    files = (path for path in (folder.path / "trials").rglob("*") if path.is_file() and path.name != "lock")
+    files = (
+        path for path in (folder.path / "trials").rglob("*") if path.is_file() and not path.name.startswith("lock-")
+    )
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -525,7 +527,7 @@ def lose_the_driver(command: Command, path: Path, storm: Storm) -> None:
 
 def lose_a_worker(command: Command, storm: Storm) -> None:
     go_on(storm)
-    holder = (storm.folder.run(RUNNER) / "ledger" / "lock").read_text().split()[0]
+    holder = next((storm.folder.run(RUNNER) / "ledger").glob("lock-*")).read_text().split()[0]
     command.kill(int(holder))
     go_on(storm)
 

@@ -51,9 +51,14 @@ def look(checks: Iterable[Check]) -> Iterator[Finding]:
 
 
 class Preflight:
-    """The checks of a study. No private record is used."""
+    """The checks of a study. No private record is used.
 
-    def __init__(self, study: Study, data_root: Path | None) -> None:
+    Args:
+        grows: whether there may be more nodes later than there are now.
+    """
+
+    def __init__(self, study: Study, data_root: Path | None, *, grows: bool = False) -> None:
+        self.grows = grows
         self.study, self.data_root = study, (data_root or default_root()).absolute()
         self.folder = StudyFolder(study.storage.absolute() / study.name)
         self._footprint: Footprint | None = None  # of a trial, once it was measured
@@ -75,6 +80,7 @@ class Preflight:
         """Those that take a while; they need a running Ray."""
         return (
             Check("nodes", self._nodes),
+            Check("GPUs", self._gpus),
             Check("packages", self._packages),
             Check("data", self._data),
             Check("shared storage", self._shared),
@@ -112,16 +118,29 @@ class Preflight:
 
     def _nodes(self) -> str:
         resources, fitting = self.study.resources, sum(self._at_once(node) for node in self._cluster)
-        if not fitting:
+        wanted = resources.concurrency
+        if not fitting and not (self.grows and wanted):
             there = ", ".join(f"{node.name}: {node.cpus:g} CPUs and {node.gpus:g} GPUs" for node in self._cluster)
             raise InputError(
                 f"resources.cpu={resources.cpu:g} and resources.gpu={resources.gpu:g} fit on no node ({there}); "
-                "lower them"
+                "lower them, or on a cluster that grows set resources.concurrency to what it may grow to"
             )
-        wanted = self.study.resources.concurrency
-        if wanted > fitting:
+        if wanted > fitting and not self.grows:
             raise InputError(f"resources.concurrency={wanted} must be at most {fitting}, what fits at a time; lower it")
-        return f"{len(self._cluster)} with room for {fitting} trials at a time"
+        idle = [node.name for node in self._cluster if not self._at_once(node)]
+        without = f"; none on {', '.join(idle)}" if idle else ""
+        return f"{len(self._cluster)} with room for {fitting} trials at a time{without}"
+
+    def _gpus(self) -> str:
+        if not self.study.resources.gpu:
+            return "not asked for"
+        for node in self._cluster:
+            if node.cuda < node.gpus:
+                raise InputError(
+                    f"{node.name} is said to have {node.gpus:g} GPUs, and PyTorch sees {node.cuda} there; install "
+                    "NVIDIA's driver, and let containers see it"
+                )
+        return ", ".join(f"{node.cuda} on {node.name}" for node in self._cluster)
 
     def _packages(self) -> str:
         ours = versions()

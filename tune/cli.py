@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,6 +18,9 @@ if TYPE_CHECKING:  # it takes seconds
     from tune.study import Study
 
 LogLevel = Annotated[Literal["debug", "info", "warning", "error"], typer.Option(help="what is told beside the table")]
+Address = Annotated[
+    str | None, typer.Option(help="of a Ray cluster, or auto on one of its nodes; default: this machine alone")
+]
 StudyArgument = Annotated[str, typer.Argument(metavar="STUDY", help="a study's YAML file, folder or name")]
 WATCH_SECONDS = 2.0
 
@@ -35,6 +38,7 @@ def sweep(
     data_root: DataRoot = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="run failed trials again")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="tell what it would run, cost and take; no more")] = False,
+    address: Address = None,
     log_level: LogLevel = "info",
     as_json: Json = False,
 ) -> None:
@@ -46,7 +50,7 @@ def sweep(
     if dry_run:
         _show_forecast(study, data_root, as_json)
         return
-    _run(study, data_root, retry_failed, as_json)
+    _run(study, data_root, address, retry_failed, as_json)
 
 
 @app.command()
@@ -59,6 +63,7 @@ def repeat(
     data_root: DataRoot = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="run failed trials again")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="tell what it would run, cost and take; no more")] = False,
+    address: Address = None,
     log_level: LogLevel = "info",
     as_json: Json = False,
 ) -> None:
@@ -70,16 +75,18 @@ def repeat(
     if dry_run:
         _show_forecast(again, data_root, as_json)
     else:
-        _run(again, data_root, retry_failed, as_json)
+        _run(again, data_root, address, retry_failed, as_json)
 
 
-def _run(study: "Study", data_root: Path | None, retry_failed: bool, as_json: bool) -> None:
+def _run(study: "Study", data_root: Path | None, address: str | None, retry_failed: bool, as_json: bool) -> None:
     """A session of a study, what came of it, and the exit code."""
+    from tune.nodes import cluster
     from tune.room import NoRoom
     from tune.sweep import run_study
 
     try:
-        outcome = run_study(study, data_root=data_root, retry_failed=retry_failed)
+        with cluster(address) if address else nullcontext():
+            outcome = run_study(study, data_root=data_root, retry_failed=retry_failed)
     except NoRoom as full:  # before a trial could start
         console.fail(str(full), console.FAILED)
     from tune.summary import print_summary, summarise
@@ -150,7 +157,7 @@ def track(
 def check(
     study_file: Annotated[Path, typer.Argument(help="YAML of the study")],
     data_root: DataRoot = None,
-    address: Annotated[str | None, typer.Option(help="of a Ray cluster; default: this machine alone")] = None,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Find out what would stop a study before it is started; exit code 2 where something would."""
@@ -161,7 +168,7 @@ def check(
     from tune.check import Preflight, look
     from tune.nodes import cluster
 
-    preflight, findings = Preflight(study, data_root), []
+    preflight, findings = Preflight(study, data_root, grows=address is not None), []
     with cluster(address):
         for finding in look((*preflight.quick(), *preflight.thorough())):
             findings.append(finding)

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -21,6 +23,7 @@ import ray
 from ray import tune
 from ray.exceptions import RayError
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import ConcurrencyLimiter
 
 from dpsink import console
 from dpsink.errors import InputError
@@ -28,12 +31,18 @@ from tune.folder import StudyFolder
 from tune.packing import Packing, closing_engines, run_packed
 from tune.room import FULL, NoRoom, require_room
 from tune.search import StudySearcher
-from tune.study import Study
+from tune.study import Resources, Study
 from tune.trainable import run_trial
 from tune.wire import unpacked
 
+log = logging.getLogger("dpsink")
+
 NO_MEMORY = "a node ran out of memory; a lower resources.concurrency needs less"
 WORKER_RETRIES = 2  # of one trial whose process died
+NODE_LOSSES = 100  # of one trial, on machines that may be taken away at any time
+NODE_LOST = ("node was terminated", "node has died", "is unavailable")  # in Ray's words about a trial's process
+GROWS = "lower it, or on a cluster that grows set resources.concurrency to what it may grow to"
+LOOK_SECONDS = 5.0  # between two looks at what nodes there are
 
 
 class Interrupted(BaseException):
@@ -73,6 +82,7 @@ class _Relay(tune.Callback):
 
     def __init__(self, listener: Listener, should_stop: Callable[[], bool], place: Path) -> None:
         self.listener, self.should_stop, self.place = listener, should_stop, place
+        self._losses: Counter[str] = Counter()
 
     def __getstate__(self) -> dict[str, Any]:
         """Ray pickles callbacks into a state of its own, which is never used here."""
@@ -87,6 +97,7 @@ class _Relay(tune.Callback):
         self.listener.progressed(trial.config["trial"], unpacked(result))
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._forgive(trial)
         self.listener.recovered(trial.config["trial"], _reason(trial))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -98,6 +109,29 @@ class _Relay(tune.Callback):
             self.listener.spared(name)
             raise NoRoom(f"the disk of {self.place} is full ({reason}); make room")
         self.listener.failed(name, reason)
+
+    def _forgive(self, trial: Any) -> None:
+        """A node that was lost is no failure of the trial, which would be given up after a few."""
+        name, failure = trial.config["trial"], _latest_failure(trial)
+        if any(words in failure for words in NODE_LOST) and self._losses[name] < NODE_LOSSES:
+            self._losses[name] += 1
+            trial.run_metadata.num_failures -= 1
+
+
+class _Following(ConcurrencyLimiter):
+    """As many trials at a time as have room on a cluster's nodes, which come and go, and one that waits.
+
+    What waits is what an autoscaler sees, and adds a node for.
+    """
+
+    def __init__(self, searcher: StudySearcher, resources: Resources) -> None:
+        super().__init__(searcher, max_concurrent=_room(resources) + 1)
+        self._resources, self._looked = resources, time.monotonic()
+
+    def suggest(self, trial_id: str) -> Any:
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self.max_concurrent, self._looked = _room(self._resources) + 1, time.monotonic()
+        return super().suggest(trial_id)
 
 
 class _Stopper(FIFOScheduler):
@@ -127,15 +161,18 @@ def run_on_ray(study: Study, folder: StudyFolder, searcher: StudySearcher, liste
         TooLarge: a trial would wait for ever.
         NoRoom: the study's disk is full, or a node's memory is too small for its trials.
     """
+    ours = not ray.is_initialized()  # else the caller is connected to a cluster, and stays so
     try:
         fitting = _start(study)
         trainable, engines = _trainable(study)
         with console.stop_on_signals() as should_stop, engines:  # after Ray has set handlers of its own
-            _tuner(study, folder, searcher, _Relay(listener, should_stop, folder.path), trainable, fitting).fit()
+            relay = _Relay(listener, should_stop, folder.path)
+            _tuner(study, folder, searcher, relay, trainable, fitting if ours else None).fit()
     except (tune.TuneError, RayError) as error:
         raise Crashed(NO_MEMORY if _is_memory(error) else _last_words(error)) from None
     finally:
-        ray.shutdown()
+        if ours:
+            ray.shutdown()
 
 
 def _trainable(study: Study) -> tuple[Callable[..., None], AbstractContextManager[None]]:
@@ -156,16 +193,14 @@ def _tuner(
     searcher: StudySearcher,
     relay: _Relay,
     trainable: Callable[..., None],
-    fitting: int,
+    fitting: int | None,
 ) -> tune.Tuner:
     return tune.Tuner(
         tune.with_resources(trainable, {"cpu": study.resources.cpu, "gpu": study.resources.gpu}),
         tune_config=tune.TuneConfig(
-            search_alg=searcher,
+            search_alg=_limited(searcher, study.resources, fitting),
             scheduler=_Stopper(searcher.should_stop),
             num_samples=searcher.remaining,
-            # Without a limit Ray asks for a trial before there is room for it, and starts workers one by one.
-            max_concurrent_trials=study.resources.concurrency or fitting,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
@@ -178,29 +213,51 @@ def _tuner(
     )
 
 
+def _limited(searcher: StudySearcher, resources: Resources, fitting: int | None) -> ConcurrencyLimiter:
+    """The searcher with a limit: without one Ray asks for a trial before there is room, and starts workers one by one.
+
+    Args:
+        fitting: trials that fit at a time; None where nodes come and go.
+    """
+    if limit := resources.concurrency or fitting:
+        return ConcurrencyLimiter(searcher, max_concurrent=limit)
+    return _Following(searcher, resources)
+
+
 def _start(study: Study) -> int:
-    """Starts Ray; returns how many trials fit at a time."""
+    """Starts Ray, unless it is connected; returns how many trials fit at a time."""
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what matters is told in one line of our own
-    if not ray.is_initialized():
+    connected = ray.is_initialized()
+    if not connected:
         ray.init(
             address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
             configure_logging=True,
         )  # fmt: skip
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus, gpus = ([node.get(kind, 0) for node in nodes] for kind in ("CPU", "GPU"))
-    _refuse_too_large("cpu", study.resources.cpu, max(cpus, default=0), "CPUs")
-    _refuse_too_large("gpu", study.resources.gpu, max(gpus, default=0), "GPUs")
-    fitting = sum(map(study.resources.fit_in, cpus, gpus))
+    fitting = _room(study.resources)
+    if fitting == 0 and not (connected and study.resources.concurrency):
+        _refuse_too_large(study.resources, GROWS if connected else "lower it")
     if fitting == 0:
-        raise TooLarge(
-            f"resources.cpu={study.resources.cpu:g} and resources.gpu={study.resources.gpu:g} are on no node together"
-        )
+        log.warning("no node has room for a trial yet: the study waits for the cluster to grow")
     return fitting
 
 
-def _refuse_too_large(name: str, wanted: float, there: float, what: str) -> None:
-    if wanted > there:
-        raise TooLarge(f"resources.{name}={wanted:g} must be at most the {there:g} {what} of a node; lower it")
+def _nodes() -> tuple[list[float], list[float]]:
+    """CPUs and GPUs of each living node."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [node.get("CPU", 0) for node in nodes], [node.get("GPU", 0) for node in nodes]
+
+
+def _room(resources: Resources) -> int:
+    """Trials that the living nodes have room for."""
+    return sum(map(resources.fit_in, *_nodes()))
+
+
+def _refuse_too_large(resources: Resources, advice: str) -> None:
+    for name, wanted, there in zip(("cpu", "gpu"), (resources.cpu, resources.gpu), _nodes(), strict=True):
+        if wanted > (most := max(there, default=0)):
+            what = f"the {most:g} {name.upper()}s of a node"
+            raise TooLarge(f"resources.{name}={wanted:g} must be at most {what}; {advice}")
+    raise TooLarge(f"resources.cpu={resources.cpu:g} and resources.gpu={resources.gpu:g} are on no node together")
 
 
 def _reason(trial: Any) -> str:

@@ -68,7 +68,7 @@ class StudyRecord(Strict):
 class TrialRecord(Strict):
     """One trial as it was decided; written before it starts."""
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="of its folder, too")
     role: Literal["baseline", "search"]
     config_id: str
     config: TrialConfig
@@ -166,7 +166,11 @@ class StudyFolder:
     def read_trial(self, name: str) -> TrialRecord:
         """One trial's record."""
         if name not in self._records:
-            self._records[name] = _read(TrialRecord, self.trial(name) / "trial.json")
+            path = self.trial(name) / "trial.json"
+            record = _read(TrialRecord, path)
+            if record.name != name:
+                raise InputError(f"{path}: is of the trial '{record.name}'; it was copied or edited")
+            self._records[name] = record
         return self._records[name]
 
     def _recorded(self, name: str) -> bool:

@@ -22,6 +22,7 @@ class Node(Strict):
     versions: dict[str, str]
     cpus: float
     gpus: float
+    cuda: int  # GPUs that PyTorch can use
     free_memory: int  # bytes
     fingerprint: str  # of the data; an error's words where they cannot be loaded
     tokens: tuple[str, ...]  # found in the storage
@@ -70,7 +71,9 @@ def ask_nodes(data: DataConfig, root: Path, storage: Path) -> list[Node]:
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     pinned = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
-    task = ray.remote(num_cpus=0, max_retries=0)(_look_around)
+    # Ray hides all GPUs from who has asked for none, unless it is told not to.
+    seeing = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
+    task = ray.remote(num_cpus=0, max_retries=0, runtime_env=seeing)(_look_around)
     answers = [task.options(scheduling_strategy=place).remote(data, root, storage) for place in pinned]
     try:
         told: Sequence[dict[str, Any]] = ray.get(answers, timeout=PATIENCE)
@@ -85,6 +88,8 @@ def ask_nodes(data: DataConfig, root: Path, storage: Path) -> list[Node]:
 
 def _look_around(data: DataConfig, root: Path, storage: Path) -> dict[str, Any]:
     """What a node can tell; runs there."""
+    import torch
+
     from dpsink.data import load_dataset
 
     fingerprint, problem = "", ""
@@ -94,6 +99,7 @@ def _look_around(data: DataConfig, root: Path, storage: Path) -> dict[str, Any]:
         problem = str(error)
     return {
         "versions": versions(),
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
         "free_memory": free_memory(),
         "fingerprint": fingerprint,
         "tokens": tuple(path.name for path in storage.glob(".token-*")),

@@ -171,7 +171,7 @@ def _copy_untimed(source: Path, target: Path) -> None:
 
     That is the time of each file and folder, and who locked its ledgers: process ids count up.
     """
-    ignored = shutil.ignore_patterns("lock", ".*")
+    ignored = shutil.ignore_patterns("lock-*", ".*")
     shutil.copytree(source, target, copy_function=shutil.copyfile, ignore=ignored)
     for path in (*target.rglob("*"), target):
         os.utime(path)

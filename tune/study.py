@@ -178,6 +178,13 @@ class Study(Strict):
             raise ValueError("must be letters, digits, '.', '_' or '-', at most 64")
         return value
 
+    @field_validator("storage", mode="before")
+    @classmethod
+    def _storage_is_a_folder(cls, value: Any) -> Any:
+        if "://" in str(value):
+            raise ValueError(f"must be a folder, on a cluster one that all nodes share, not '{value}': no object store")
+        return value
+
     @field_validator("objectives", mode="before")
     @classmethod
     def _objectives_are_listed(cls, value: Any) -> Any:

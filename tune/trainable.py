@@ -1,5 +1,6 @@
 """The bridge from Ray Tune to `dpsink.training.train`, run in a worker process."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,13 @@ from ray import tune
 
 from dpsink.config import Performance
 from dpsink.data import load_dataset
+from dpsink.privacy.storage import FencedError
 from dpsink.records import Report
 from dpsink.training import read_result, train, use_threads
 from tune.folder import StudyFolder
 from tune.wire import packed
+
+log = logging.getLogger("dpsink")
 
 
 def run_trial(config: dict[str, Any], device: str = "cpu") -> None:
@@ -33,8 +37,12 @@ def run_trial(config: dict[str, Any], device: str = "cpu") -> None:
         tune.report(packed(flat(ended)))
         return
     data = load_dataset(record.config.data, root=Path(config["data_root"]))
-    for report in train(record.config, data, run, performance=performance):
-        tune.report(packed(flat(report)))
+    try:
+        for report in train(record.config, data, run, performance=performance):
+            tune.report(packed(flat(report)))
+    except FencedError as replaced:  # Ray, which gave this process up, no longer listens
+        log.warning("%s is another process's by now, and stops here: %s", record.name, replaced)
+        raise
 
 
 def flat(report: Report) -> dict[str, Any]:

@@ -169,6 +169,10 @@ class TrialBudget:
             self._chain.append(f"{name}-settled.json", {"given_back": granted - used})
             self._given_back += granted - used
 
+    def refuse_if_fenced(self) -> None:
+        """Raise FencedError if a newer attempt has opened the ledger: the trial is another's to go on with."""
+        self._chain.refuse_if_fenced()
+
     def witness(self) -> dict[str, Any]:
         """What a checkpoint stores, and `open` verifies on resume; JSON-able."""
         return {**self._chain.witness(), "charged": self.charged}

@@ -101,9 +101,12 @@ class FolderStorage:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """See `Storage.lock`: flock on the file `lock`, which the kernel releases when the process dies."""
+        """See `Storage.lock`: flock on a file of this host's own, which the kernel releases when the process dies.
+
+        Not one for all hosts: a network file system may hold the lock of a host that has vanished for ever.
+        """
         _make_folder_durably(self.folder)
-        with open(self.folder / "lock", "a+") as file:
+        with open(self.folder / f"lock-{socket.gethostname()}", "a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -109,7 +109,7 @@ def kill_engine(place: StudyFolder) -> None:
         time.sleep(0.1)
         reported = [path for path in (place.path / "trials").glob("*/run") if any(path.glob("checkpoint-*"))]
         if len(reported) >= 2:
-            os.kill(int((reported[0] / "ledger" / "lock").read_text().split()[0]), signal.SIGKILL)
+            os.kill(int(next((reported[0] / "ledger").glob("lock-*")).read_text().split()[0]), signal.SIGKILL)
             return
 
 

@@ -1,0 +1,191 @@
+"""On a cluster nodes come and go: how many trials run at a time, what a lost node costs, what `check` says of nodes."""
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from dpsink.config import TrialConfig
+from dpsink.data import ImageData
+from dpsink.errors import InputError
+from dpsink.privacy.storage import FencedError
+from dpsink.training import Ensemble, TrialRun
+from tune import cluster
+from tune.check import Preflight
+from tune.cluster import NODE_LOSSES, TooLarge, _Following, _Relay
+from tune.nodes import Node
+from tune.search import StudySearcher
+from tune.study import Resources, Study
+
+CPU, GPU = {"CPU": 4.0}, {"CPU": 8.0, "GPU": 1.0}
+
+
+@pytest.fixture
+def nodes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, float]]:
+    """The resources of the living nodes, to be changed."""
+    there: list[dict[str, float]] = []
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": one} for one in there])
+    return there
+
+
+class Proposing(StudySearcher):
+    """Proposes without end."""
+
+    def __init__(self) -> None:
+        self._metric, self._mode = "accuracy", "max"
+
+    def suggest(self, trial_id: str) -> Any:
+        return {"trial": trial_id}
+
+
+def asked(limiter: _Following, count: int) -> int:
+    """How many of the next proposals are granted."""
+    return sum(limiter.suggest(f"{len(limiter.live_trials)}") is not None for _ in range(count))
+
+
+def test_concurrency_follows_the_cluster_up_and_down(
+    nodes: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "LOOK_SECONDS", -1.0)
+    limiter = _Following(Proposing(), Resources(cpu=2))
+    assert asked(limiter, 10) == 1  # it waits, so that an autoscaler sees it
+    nodes += [CPU, CPU]
+    assert asked(limiter, 10) == 4
+    nodes.clear()
+    assert asked(limiter, 10) == 0
+
+
+def test_study_on_a_cluster_without_room_is_refused_unless_it_says_how_far_that_may_grow(
+    nodes: list[dict[str, float]], caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes.append(CPU)
+    wanting: dict[str, Any] = {"name": "any", "resources": {"gpu": 1}}
+    with pytest.raises(TooLarge, match=r"gpu=1 must be at most the 0 GPUs.*resources\.concurrency"):
+        cluster._start(Study.model_validate(wanting))
+    wanting["resources"]["concurrency"] = 8
+    assert cluster._start(Study.model_validate(wanting)) == 0
+    assert "waits for the cluster to grow" in caplog.text
+
+
+class Lost:
+    """A trial of Ray's whose process ended with the given words."""
+
+    def __init__(self, words: str, folder: Path) -> None:
+        self.config, self.error_file = {"trial": "any"}, str(folder / "error.txt")
+        Path(self.error_file).write_text(f"Failure # 1\n{words}\n")
+        self.run_metadata = self
+        self.num_failures = 1
+
+
+class Silent:
+    def recovered(self, name: str, error: str) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("words", "counted"),
+    [
+        ("the actor's node was terminated: missed too many heartbeats", 0),
+        ("The actor died because its node has died. Node Id: 1", 0),
+        ("The actor 0 is unavailable: RPC error: Socket closed", 0),
+        ("Worker exit type: SYSTEM_ERROR: connection error code 2", 1),
+    ],
+)
+def test_lost_node_is_no_failure_of_its_trial(words: str, counted: int, tmp_path: Path) -> None:
+    listener: Any = Silent()
+    relay, trial = _Relay(listener, lambda: False, tmp_path), Lost(words, tmp_path)
+    relay.on_trial_recover(0, [], trial)
+    assert trial.num_failures == counted
+
+
+def test_trial_that_takes_every_node_down_is_given_up_at_last(tmp_path: Path) -> None:
+    listener: Any = Silent()
+    relay, trial = _Relay(listener, lambda: False, tmp_path), Lost("its node has died", tmp_path)
+    for _ in range(NODE_LOSSES):
+        trial.num_failures = 1
+        relay.on_trial_recover(0, [], trial)
+    trial.num_failures = 1
+    relay.on_trial_recover(0, [], trial)
+    assert trial.num_failures == 1
+
+
+def node(name: str, gpus: float, cuda: int) -> Node:
+    return Node(
+        name=name, versions={}, cpus=8, gpus=gpus, cuda=cuda, free_memory=2**33, fingerprint="", tokens=()
+    )  # fmt: skip
+
+
+def preflight(tmp_path: Path, found: list[Node], grows: bool = False, **resources: float) -> Preflight:
+    study = Study.model_validate({"name": "any", "resources": resources, "storage": tmp_path})
+    made = Preflight(study, tmp_path, grows=grows)
+    made.__dict__["_cluster"] = found
+    return made
+
+
+def test_check_finds_a_node_whose_gpu_has_no_driver(tmp_path: Path) -> None:
+    found = [node("good", 1, 1), node("bare", 1, 0)]
+    with pytest.raises(InputError, match="bare is said to have 1 GPUs, and PyTorch sees 0 there"):
+        preflight(tmp_path, found, gpu=1)._gpus()
+    assert preflight(tmp_path, found)._gpus() == "not asked for"
+
+
+def test_check_names_nodes_that_no_trial_fits_on(tmp_path: Path) -> None:
+    assert (
+        "with room for 1 trials at a time; none on head"
+        in preflight(tmp_path, [node("head", 0, 0), node("gpu", 1, 1)], gpu=1)._nodes()
+    )
+
+
+def test_check_lets_a_cluster_grow_from_none_if_the_study_says_how_far(tmp_path: Path) -> None:
+    head = [node("head", 0, 0)]
+    with pytest.raises(InputError, match=r"set resources\.concurrency to what it may grow to"):
+        preflight(tmp_path, head, grows=True, gpu=1)._nodes()
+    assert preflight(tmp_path, head, grows=True, gpu=1, concurrency=8)._nodes().startswith("1 with room for 0")
+    with pytest.raises(InputError, match="fit on no node"):
+        preflight(tmp_path, head, gpu=1, concurrency=8)._nodes()
+
+
+# A process that was given up, and does not know it.
+
+
+@pytest.fixture
+def taken_over(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[TrialRun, TrialRun]]:
+    """A trial's run on a host that was cut off, after two steps, and the run on the host that has it now."""
+    config = TrialConfig.model_validate(
+        {
+            "generator": {"hidden_dim": 8},
+            "privacy": {"noise_multiplier": 3, "delta": 5e-5, "step_limit": 8},
+            "evaluation": {"points": 1, "samples": 20, "classifiers": ["logreg"]},
+        }
+    )
+    monkeypatch.setattr(socket, "gethostname", lambda: "cut-off")
+    with TrialRun.open(config, digits, tmp_path) as old:
+        ensemble = Ensemble()
+        ensemble.add(old)
+        ensemble.advance()
+        ensemble.advance()
+        monkeypatch.setattr(socket, "gethostname", lambda: "new")
+        with TrialRun.open(config, digits, tmp_path) as new:
+            new.save()
+            yield old, new
+
+
+def test_host_that_was_cut_off_keeps_no_other_from_its_trial(taken_over: tuple[TrialRun, TrialRun]) -> None:
+    old, new = taken_over
+    assert (old.budget.attempt, new.budget.attempt) == (1, 2)
+
+
+def test_replaced_process_is_granted_no_step_and_saves_nothing(taken_over: tuple[TrialRun, TrialRun]) -> None:
+    old, new = taken_over
+    before = {path: path.read_bytes() for path in old.folder.rglob("*") if path.is_file()}
+    for attempt in (lambda: old.budget.reserve(1), old.save, old.stop):
+        with pytest.raises(FencedError):
+            attempt()
+    assert {path: path.read_bytes() for path in old.folder.rglob("*") if path.is_file()} == before
+    assert new.budget.reserve(1) == 1

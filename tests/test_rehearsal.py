@@ -1,0 +1,68 @@
+"""A study on a cluster of three machines made of namespaces, and the faults that it survives."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 900  # on a machine that does nothing else it takes a quarter of it
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.geteuid() != 0, reason="namespaces with a network of their own need root"),
+]
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the script wrote."""
+    out = tmp_path_factory.mktemp("rehearsal")
+    command = [sys.executable, "-m", "experiments.clusters.rehearsal", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    return json.loads((out / "rehearsal.json").read_text(encoding="utf-8"))
+
+
+def fault(rehearsal: dict[str, Any], words: str) -> dict[str, Any]:
+    """The fault of that name."""
+    return next(one for one in rehearsal["faults"] if words in one["name"])
+
+
+def test_check_found_nothing_wrong_on_any_node(rehearsal: dict[str, Any]) -> None:
+    assert len(rehearsal["check"]) >= 9
+    assert all(line.startswith("ok ") for line in rehearsal["check"])
+
+
+def test_every_trial_completed_once_and_its_ledger_agrees_with_its_reports(rehearsal: dict[str, Any]) -> None:
+    assert rehearsal["problems"] == []
+    assert rehearsal["end"]["ended"] == {"completed": len(rehearsal["trials"])}
+    assert rehearsal["mlflow"] == {"FINISHED": len(rehearsal["trials"]) + 1}
+
+
+def test_machine_that_was_cut_off_and_came_back_was_refused_and_wrote_nothing(rehearsal: dict[str, Any]) -> None:
+    cut = fault(rehearsal, "is cut from the network")
+    assert cut["facts"]["written by it afterwards"] == []
+    assert cut["seconds"]["resumed elsewhere"] <= cut["seconds"]["refused by the ledger"]
+
+
+def test_trials_of_lost_nodes_were_resumed_by_others(rehearsal: dict[str, Any]) -> None:
+    lost = {fault(rehearsal, words)["facts"]["trial"] for words in ("is cut from", "the raylet of")}
+    assert all(rehearsal["trials"][name]["attempts"] >= 2 for name in lost)
+    # What nobody disturbed was opened once, and lost nothing.
+    others = [trial for name, trial in rehearsal["trials"].items() if name not in lost]
+    assert others and all((trial["attempts"], trial["lost"]) == (1, 0) for trial in others)
+
+
+def test_new_machine_joined_while_the_study_ran(rehearsal: dict[str, Any]) -> None:
+    assert "a node of the cluster" in fault(rehearsal, "joins")["seconds"]
+
+
+def test_no_namespace_or_interface_is_left(rehearsal: dict[str, Any]) -> None:
+    links = Path("/proc/net/dev").read_text(encoding="ascii")
+    assert "to-worker-1" not in links and "wire" not in links
+    assert "/mnt/shared" not in Path("/proc/self/mounts").read_text(encoding="utf-8")

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from analysis.export import check_target, drafted
 from analysis.runs import Runs
 from analysis.sections import is_sealed, sections
+from dpsink.disk import check_target, drafted
 from dpsink.errors import InputError
 from tune import schema
 

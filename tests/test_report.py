@@ -649,7 +649,7 @@ def test_command_s_json_names_the_file_and_the_rejected(uri: str, capsys: pytest
 
 def test_report_refuses_to_overwrite_unless_told(uri: str, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("mine")
-    with pytest.raises(InputError, match="exists; choose another place, or --force"):
+    with pytest.raises(InputError, match="exists; choose another --out, or --force"):
         report(load_runs("alone", uri), Path("report.html"))
     assert (tmp_path / "report.html").read_text() == "mine"
     assert report(load_runs("alone", uri), Path("report.html"), force=True).read_text() != "mine"

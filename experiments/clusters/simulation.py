@@ -46,6 +46,7 @@ from tune.study import Study, load_study
 from tune.sweep import run_study
 from tune.tracking import MLflowTracker
 
+RANGE, FEW = "{log_uniform: [3.0, 5.0]}", "{choice: [3.0, 3.5, 4.0, 4.5]}"
 SPREAD = 0.2  # of trials' durations around their mean, so that they do not all end at once
 PLACE = Path(__file__).parent
 
@@ -58,6 +59,7 @@ class Load:
     trials: int
     seconds: float
     points: int  # reports of each
+    noises: str = RANGE  # of the search, as in a study file
 
 
 @dataclass
@@ -227,7 +229,9 @@ def picture(config: TrialConfig) -> bytes:
     return sample_grid(build_generator(config, (1, 8, 8), 10), num_classes=10)
 
 
-def simulated_study(place: Path, name: str, *, trials: int, points: int, concurrency: int = 0) -> Path:
+def simulated_study(
+    place: Path, name: str, *, trials: int, points: int, noises: str = RANGE, concurrency: int = 0
+) -> Path:
     """Writes a study whose trials are to be simulated; its file."""
     path = place / f"{name}.yaml"
     path.write_text(f"""
@@ -238,7 +242,7 @@ trial:
   privacy: {{mechanism: record, target_epsilon: 10, delta: 5.0e-5, step_limit: {10 * points}}}
   evaluation: {{points: {points}, samples: 200, classifiers: [logreg]}}
 space:
-  privacy.noise_multiplier: {{log_uniform: [3.0, 5.0]}}
+  privacy.noise_multiplier: {noises}
 algorithm: {{kind: random, trials: {trials}}}
 objectives: [accuracy_logreg]
 resources: {{concurrency: {concurrency}}}
@@ -249,7 +253,7 @@ storage: {place}/studies
 
 def measure(load: Load, place: Path) -> Measured:
     """One study of that load, in this process."""
-    path = simulated_study(place, "simulated", trials=load.trials, points=load.points)
+    path = simulated_study(place, "simulated", trials=load.trials, points=load.points, noises=load.noises)
     measured = Measured(load)
     Timed.measured = measured
     cluster.run_on_ray = Ticking(load, measured)  # type: ignore[assignment]
@@ -306,12 +310,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=float, default=2, help="trials of the study over those in flight")
     parser.add_argument("--seconds", type=float, default=60, help="mean duration of a trial")
     parser.add_argument("--points", type=int, default=3, help="reports of a trial")
+    parser.add_argument(
+        "--few-noises", action="store_true", help="σ from four values: a plan for each is worked out once"
+    )
     parser.add_argument("--out", type=Path, default=PLACE)
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         [count] = options.in_flight
-        load = Load(count, round(count * options.rounds), options.seconds, options.points)
+        load = Load(count, round(count * options.rounds), options.seconds, options.points, _noises(options))
         with tempfile.TemporaryDirectory() as place:
             measured = measure(load, Path(place))
         options.one.write_text(json.dumps(asdict(measured) | {"summary": measured.summary()}), encoding="utf-8")
@@ -325,12 +332,16 @@ def main() -> None:
         print("| " + " | ".join(map(str, row.values())) + " |")
 
 
+def _noises(options: argparse.Namespace) -> str:
+    return FEW if options.few_noises else RANGE
+
+
 def one_load(count: int, options: argparse.Namespace) -> dict[str, Any]:
     """What a process of its own has measured."""
     with tempfile.TemporaryDirectory() as place:
         answer = Path(place) / "answer.json"
         words = ["--in-flight", count, "--rounds", options.rounds, "--seconds", options.seconds]
-        words += ["--points", options.points, "--one", answer]
+        words += ["--few-noises"] * options.few_noises + ["--points", options.points, "--one", answer]
         subprocess.run([sys.executable, "-m", "experiments.clusters.simulation", *map(str, words)], check=True)
         return json.loads(answer.read_text(encoding="utf-8"))
 

@@ -156,6 +156,7 @@ def _write_parquet(path: Path, samples: Samples) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    pa.set_memory_pool(pa.system_memory_pool())  # the default one keeps what is freed: 4 GB after a million images
     features: dict[str, Any] = {"image": {"_type": "Image"}}
     columns = [("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))]
     if samples.num_classes is not None:

@@ -101,12 +101,14 @@ def test_it_prints_a_plan_that_fits_eighty_columns(tmp_path: Path, capsys: pytes
         "study": "mine", "data": "mnist", "records": 55_000, "rows": rows, "study_epsilon": 57.05, "delta": 1e-5,
         "policy": "compose_all", "concurrency": 2, "seconds": (36_000, 90_000), "cost": [12.5, 31.2],
         "may_stop_early": True, "seeds_per_configuration": 3, "sealed": False,
+        "repeats": {"name": "first", "epsilon": 12.5, "delta": 1e-5},
     }  # fmt: skip
     forecast.print_forecast(document)
     lines = capsys.readouterr().out.splitlines()
     assert "1.105–5.222" in lines[3]
     assert "1–24 h" in lines[3]
     assert "cost:    about 12.5–31.2, at resources.price_per_hour" in lines
+    assert "         with that of first, which it repeats: ε 69.55, δ 2e-05" in lines
     assert max(len(line.rstrip()) for line in lines[:4]) <= 90
 
 

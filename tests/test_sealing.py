@@ -362,11 +362,12 @@ def test_the_winner_of_a_selection_by_private_scores_is_exported_with_both_accou
     inline()
     path = write_sealed(root, "exported", trial=noisy_trial(steps=4, score_noise=20))
     outcome = run_study(load_study(path))
-    monkeypatch.setattr(sys, "argv", ["dpsink-analysis", "best", str(outcome.folder.path), "--out", str(tmp_path)])
+    out = tmp_path / "winner"
+    monkeypatch.setattr(sys, "argv", ["dpsink-analysis", "export", str(outcome.folder.path), "--out", str(out)])
     with pytest.raises(SystemExit) as ended:
         analysis.cli.main()
     assert ended.value.code == 0
-    card = json.loads((tmp_path / "best-accuracy_logreg" / "card.json").read_text())
+    card = json.loads((out / "card.json").read_text())
     assert (card["trial"], card["statement"]) == ("winner", outcome.statement)
 
 

@@ -10,11 +10,12 @@ quickstart: $(STAMP) ## install, run a small study on real digits, show the best
 	$(BIN)/dpsink-tune sweep experiments/studies/quickstart.yaml
 	$(BIN)/dpsink-analysis best quickstart
 
-test: $(STAMP) check ## everything
-	$(BIN)/pytest -n 2 --dist loadfile
+test: $(STAMP) check ## everything; what needs the whole machine comes last, by itself
+	$(BIN)/pytest -n 2 --dist loadfile -m "not alone"
+	$(BIN)/pytest -m alone
 
 test-fast: $(STAMP) check ## daily work: without the slow tests
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not alone"
 
 check: $(STAMP) ## style and types
 	$(BIN)/ruff check .

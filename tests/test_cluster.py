@@ -1,6 +1,8 @@
 """On a cluster nodes come and go: how many trials run at a time, what a lost node costs, what `check` says of nodes."""
 
+import gc
 import socket
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from dpsink.training import Ensemble, TrialRun
 from tune import cluster
 from tune.check import Preflight
 from tune.cluster import NODE_LOSSES, TooLarge, _Following, _Relay
-from tune.nodes import Node
+from tune.nodes import Node, leave_ray
 from tune.search import StudySearcher
 from tune.study import Resources, Study
 
@@ -111,6 +113,22 @@ def test_trial_that_takes_every_node_down_is_given_up_at_last(tmp_path: Path) ->
     trial.num_failures = 1
     relay.on_trial_recover(0, [], trial)
     assert trial.num_failures == 1
+
+
+class Handle:
+    """Stands for an actor's, which asks Ray to forget it when it is collected."""
+
+    def __init__(self) -> None:
+        self.itself = self  # so that only a collection finds it
+
+
+def test_no_garbage_is_collected_while_ray_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, bool]] = []
+    left = weakref.ref(Handle())
+    monkeypatch.setattr(ray, "shutdown", lambda: seen.append((gc.isenabled(), left() is None)))
+    leave_ray()
+    assert seen == [(False, True)]
+    assert gc.isenabled()
 
 
 def node(name: str, gpus: float, cuda: int) -> Node:

@@ -30,6 +30,7 @@ from tests.test_sweep import wait_for
 from tune import cluster, schema
 from tune.cluster import TooLarge
 from tune.folder import StudyFolder
+from tune.nodes import leave_ray
 from tune.packing import GpuEngine, LeaseLost, LeaseRanOut, News, Packing, closing_engines, run_packed
 from tune.search import make_record
 from tune.study import Resources, Study, load_study
@@ -350,7 +351,7 @@ def cluster_address() -> Iterator[str]:
         address="local", num_cpus=4, num_gpus=1, include_dashboard=False, log_to_driver=False, logging_level=40
     )
     yield context.address_info["gcs_address"]
-    ray.shutdown()
+    leave_ray()
 
 
 def engines_of(packing: Packing) -> list[str]:

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SECONDS = 900  # on a machine that does nothing else it takes a quarter of it
+SECONDS = 600  # on a machine that does nothing else it takes less than half of it
 
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.alone,
+    pytest.mark.timeout(SECONDS + 60),
     pytest.mark.skipif(os.geteuid() != 0, reason="namespaces with a network of their own need root"),
 ]
 

@@ -53,5 +53,5 @@ def test_a_study_has_links_to_its_runs_and_to_its_best_side_by_side(uri: str, tm
 
 
 def test_a_study_without_runs_is_told_how_to_write_them(uri: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="`dpsink-tune track` writes them"):
+    with pytest.raises(InputError, match="no run of it; `dpsink-tune track` writes what is missing"):
         study_links(make_study(tmp_path / "study", [], uri), "http://server", uri)

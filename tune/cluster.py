@@ -28,6 +28,7 @@ from ray.tune.search import ConcurrencyLimiter
 from dpsink import console
 from dpsink.errors import InputError
 from tune.folder import StudyFolder
+from tune.nodes import leave_ray
 from tune.packing import Packing, closing_engines, run_packed
 from tune.room import FULL, NoRoom, require_room
 from tune.search import StudySearcher
@@ -172,7 +173,7 @@ def run_on_ray(study: Study, folder: StudyFolder, searcher: StudySearcher, liste
         raise Crashed(NO_MEMORY if _is_memory(error) else _last_words(error)) from None
     finally:
         if ours:
-            ray.shutdown()
+            leave_ray()
 
 
 def _trainable(study: Study) -> tuple[Callable[..., None], AbstractContextManager[None]]:

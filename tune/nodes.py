@@ -1,5 +1,6 @@
 """What each node of a cluster has: packages, memory, a graphics card, the data, the storage."""
 
+import gc
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,7 +54,25 @@ def cluster(address: str | None) -> Iterator[None]:
     try:
         yield
     finally:
+        leave_ray()
+
+
+def leave_ray() -> None:
+    """Ends this process's connection to Ray.
+
+    Garbage is collected before and not meanwhile: where another thread's collection meets an actor's handle in the
+    middle of Ray's shutdown, Ray ends the whole process.
+    """
+    import ray
+
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
         ray.shutdown()
+    finally:
+        if collects:
+            gc.enable()
 
 
 def ask_nodes(data: DataConfig, root: Path, storage: Path) -> list[Node]:

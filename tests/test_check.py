@@ -32,8 +32,8 @@ def finding(tmp_path: Path, name: str, *changes: dict[str, Any], study: dict[str
     """What one check says of a cluster, each of whose nodes differs from a good one by these changes."""
     preflight = Preflight(load(tmp_path, storage=str(tmp_path / "storage"), **(study or {})), None)
     good = {
-        "versions": versions(), "cpus": 4.0, "gpus": 0.0, "cuda": 0, "free_memory": 16 * GIB, "tokens": (preflight._token,),
-        "fingerprint": preflight.plan.data.fingerprint,
+        "versions": versions(), "cpus": 4.0, "gpus": 0.0, "cuda": 0, "free_memory": 16 * GIB,
+        "tokens": (preflight._token,), "fingerprint": preflight.plan.data.fingerprint,
     }  # fmt: skip
     preflight.__dict__["_cluster"] = [
         Node.model_validate(good | {"name": f"node-{index}"} | change) for index, change in enumerate(changes or ({},))

@@ -1,6 +1,9 @@
 """What all tests share: no test reads or writes a person's own key, cache or MLflow."""
 
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +41,22 @@ def data_root() -> Path:
     if not root:
         pytest.skip("DPSINK_DATA_ROOT is not set: real MNIST is not at hand")
     return Path(root)
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A new database, which takes seconds to make, and what making it wrote on the console."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    command = f"from tune.tracking import check_tracking; check_tracking('sqlite:///{path}')"
+    made = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    return path, made.stdout + made.stderr
+
+
+@pytest.fixture
+def uri(empty_database: tuple[Path, str], tmp_path: Path) -> str:
+    """A database of one's own."""
+    shutil.copyfile(empty_database[0], tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path}/mlflow.db"
 
 
 class ReplayedEntropy:

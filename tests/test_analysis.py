@@ -28,11 +28,9 @@ from dpsink.checkpoint import load_generator
 from dpsink.config import load_config
 from dpsink.errors import InputError
 from dpsink.privacy.plan import NON_PRIVATE
-from tests.test_tracking import EXTRACTOR, STATEMENT, TARGET, Fake, empty_database, make_study
+from tests.test_tracking import EXTRACTOR, STATEMENT, TARGET, Fake, make_study
 from tune import schema
 from tune.tracking import rebuild
-
-__all__ = ["empty_database"]  # a fixture
 
 WITHOUT_PRIVACY = ("privacy.target_epsilon=.inf", "privacy.noise_multiplier=0", "privacy.steps=100")
 BASELINES = [

@@ -14,10 +14,9 @@ import analysis
 import analysis.cli
 import dpsink.judging
 from tests.test_readme import ROOT, blocks
-from tests.test_tracking import Fake, empty_database, make_study
+from tests.test_tracking import Fake, make_study
 from tune.tracking import rebuild
 
-__all__ = ["empty_database"]  # a fixture
 DOCUMENT = ROOT / "docs" / "analysis.md"
 COMMANDS = [line for block in blocks(DOCUMENT, "sh") for line in block.splitlines()]
 

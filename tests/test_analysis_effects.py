@@ -16,10 +16,8 @@ from analysis.effects import MATTERS, NOISE, importance
 from analysis.runs import Runs, load_runs
 from dpsink.errors import InputError
 from tests.stores import SPACE, large_study, study_run, trial_run, write_runs
-from tests.test_tracking import empty_database
 from tune import schema
 
-__all__ = ["empty_database"]  # a fixture
 LR, BLUR, SIGMA = SPACE
 TRIALS = 140
 

@@ -17,9 +17,7 @@ from analysis.fronts import hypervolume, non_dominated, pareto, pareto_in_words
 from analysis.runs import Runs, load_runs
 from dpsink.errors import InputError
 from tests.stores import study_run, trial_run, write_runs
-from tests.test_tracking import empty_database
 
-__all__ = ["empty_database"]  # a fixture
 POINTS = {  # trial to FID, accuracy, ε
     "good": (10.0, 0.8, 9.0), "cheap": (20.0, 0.7, 2.0), "worse": (20.0, 0.7, 9.0), "twin": (10.0, 0.8, 9.0),
     "worst": (40.0, 0.5, 9.5),

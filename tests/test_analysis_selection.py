@@ -16,11 +16,10 @@ from analysis.runs import Row, Runs, load_runs
 from analysis.selection import best, configurations, control_in_words, run_of, select_best
 from dpsink.errors import InputError
 from tests.stores import Run, control_run, study_run, trial_run, write_runs
-from tests.test_tracking import Fake, empty_database, make_study
+from tests.test_tracking import Fake, make_study
 from tune import choice, schema
 from tune.tracking import rebuild
 
-__all__ = ["empty_database"]  # a fixture
 Loaded = Callable[..., Runs]
 
 

@@ -19,10 +19,8 @@ from analysis.runs import NUMBERS, TEXTS, Runs, load_runs
 from analysis.store import find_runs
 from dpsink.errors import InputError
 from tests.stores import Run, control_run, large_study, study_run, trial_run, write_runs
-from tests.test_tracking import empty_database
 from tune import schema
 
-__all__ = ["empty_database"]  # a fixture
 MANY = 10_000
 Written = Callable[..., str]
 

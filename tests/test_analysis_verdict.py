@@ -23,11 +23,10 @@ from analysis.tables import guarantee
 from analysis.verdict import FIRST_SEED, evaluate_top
 from dpsink.data import ImageData
 from dpsink.errors import InputError
-from tests.test_tracking import Fake, empty_database, make_study
+from tests.test_tracking import Fake, make_study
 from tune.folder import Earlier
 from tune.tracking import rebuild
 
-__all__ = ["empty_database"]  # a fixture
 SELECTED = {"lucky": 0.9, "honest": 0.8, "third": 0.7, "last": 0.1}  # accuracy on validation
 TRUE = {"lucky": 0.60, "honest": 0.8, "third": 0.79, "last": 0.1}
 SCATTER = (-0.02, 0.0, 0.02)

@@ -16,11 +16,10 @@ from analysis.export import export_run
 from analysis.registry import digest, fetch_model, register_run
 from analysis.runs import load_runs
 from analysis.selection import named
-from tests.test_tracking import Fake, empty_database, make_study
+from tests.test_tracking import Fake, make_study
 from tune.tracking import connect, rebuild
 from tune.ui import serving, study_links
 
-__all__ = ["empty_database"]  # a fixture
 pytestmark = pytest.mark.slow
 PATIENCE = 60  # seconds that a page may take
 SEARCHED = ("optimizer.lr", "sinkhorn.blur")

@@ -611,6 +611,7 @@ def kill_after(child: subprocess.Popen, seconds: float) -> int:
     return announced
 
 
+@pytest.mark.slow
 def test_killed_at_any_instant_the_charge_covers_every_step_that_ran(folder):
     ran = 0
     for life in range(12):

@@ -156,6 +156,7 @@ def test_order_of_the_images_does_not_matter(digits, extractor):
     assert second == pytest.approx(first, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_order_of_the_images_does_not_matter_to_kid_s_random_subsets():
     a, b = torch.randn(2, 1100, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert kid(a.flip(0), b.roll(7, 0)) == pytest.approx(kid(a, b), rel=1e-9)

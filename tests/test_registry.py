@@ -32,14 +32,13 @@ from dpsink.errors import InputError
 from dpsink.privacy.plan import NON_PRIVATE
 from dpsink.synthesis import generate
 from tests.test_analysis import WITHOUT_PRIVACY
-from tests.test_tracking import STATEMENT, Fake, empty_database, make_study
+from tests.test_tracking import STATEMENT, Fake, make_study
 from tune import schema
 from tune.tracking import connect, rebuild
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["empty_database"]  # a fixture
 ROOT = Path(__file__).parent.parent
 FAKES = [
     Fake("sharp", metrics={"fid": 20.0, "accuracy": 0.7}),

@@ -37,11 +37,10 @@ from dpsink.errors import InputError
 from dpsink.privacy.plan import NON_PRIVATE
 from tests.stores import Run, control_run, large_study, study_run, trial_run, write_runs
 from tests.test_analysis import GOOD
-from tests.test_tracking import STATEMENT, TARGET, Fake, empty_database, make_study
+from tests.test_tracking import STATEMENT, TARGET, Fake, make_study
 from tune import schema
 from tune.tracking import rebuild
 
-__all__ = ["empty_database"]  # a fixture
 VOID = {"meta", "img", "br", "hr", "link", "input", "path", "circle", "polyline"}
 ATTACK = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
 QUALITY = re.compile(r"\b(FID|KID|accuracy|variety|recall|precision)\b")

@@ -281,6 +281,7 @@ def test_the_storage_check_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((EXPERIMENTS / "studies").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_study_that_ships_loads_and_plans(path: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch) -> None:
     study = load_study(path)
@@ -291,6 +292,7 @@ def test_every_study_that_ships_loads_and_plans(path: Path, digits: ImageData, m
     assert len(plan.terms.planned) == study.trials
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", sorted((EXPERIMENTS / "presets").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_preset_that_ships_loads_and_affords_its_steps(path: Path) -> None:
     config = load_config(path)

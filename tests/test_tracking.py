@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -113,22 +110,6 @@ def public_rng() -> Any:
     import torch
 
     return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A new database, which takes seconds to make, and what making it wrote on the console."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    command = f"from tune.tracking import check_tracking; check_tracking('sqlite:///{path}')"
-    made = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
-    return path, made.stdout + made.stderr
-
-
-@pytest.fixture
-def uri(empty_database: tuple[Path, str], tmp_path: Path) -> str:
-    """A database of one's own."""
-    shutil.copyfile(empty_database[0], tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path}/mlflow.db"
 
 
 @pytest.fixture

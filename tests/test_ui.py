@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 
 from dpsink.errors import InputError
-from tests.test_tracking import Fake, empty_database, make_study, uri
+from tests.test_tracking import Fake, make_study
 from tune.tracking import rebuild
 from tune.ui import serving, study_links
-
-__all__ = ["empty_database", "uri"]  # fixtures
 
 
 def listening() -> list[str]:

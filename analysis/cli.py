@@ -81,7 +81,7 @@ def best(
     from analysis import selection
     from analysis.figures import comparison_figure
     from analysis.runs import rows_of
-    from analysis.tables import guarantee, print_configurations, print_rejected
+    from analysis.tables import floor_in_words, guarantee, print_configurations, print_rejected
 
     runs = _load(studies, tracking_uri)
     rules = _rules(runs, by, weights)
@@ -105,7 +105,7 @@ def best(
         print_configurations(table.head(top), rule.metrics, title, "rank")
     console.out.print()
     _print_comparison(runs, merged)
-    for line in (*control, guarantee(runs)):
+    for line in (floor_in_words(runs), *control, guarantee(runs)):
         console.out.print(line, markup=False, soft_wrap=True)
     _print_written(plot, csv)
 
@@ -130,7 +130,7 @@ def pareto(
     from analysis.charts import pareto_figure
     from analysis.runs import rows_of
     from analysis.selection import control_in_words, control_of
-    from analysis.tables import guarantee, plain_rows, print_configurations, print_rejected
+    from analysis.tables import floor_in_words, guarantee, plain_rows, print_configurations, print_rejected
 
     runs = _load(studies, tracking_uri)
     found = fronts.pareto(
@@ -148,7 +148,7 @@ def pareto(
     print_configurations(
         found.head(found["on_front"].tolist().count(True)), found.attrs["metrics"], "\nPareto front", "on_front"
     )
-    words = (fronts.pareto_in_words(found), control_in_words(runs, some), guarantee(runs))
+    words = (fronts.pareto_in_words(found), floor_in_words(runs), control_in_words(runs, some), guarantee(runs))
     for line in words:
         console.out.print(line, markup=False, soft_wrap=True)
     _print_written(plot, csv)
@@ -210,7 +210,7 @@ def evaluate_top(
     """
     from analysis import verdict
     from analysis.charts import verdict_figure
-    from analysis.tables import plain_rows, print_rejected
+    from analysis.tables import floor_in_words, plain_rows, print_rejected
     from dpsink.training import use_threads
 
     runs = _load(studies, tracking_uri)
@@ -228,6 +228,7 @@ def evaluate_top(
         return
     print_rejected(runs)
     _print_verdict(found)
+    console.out.print(floor_in_words(runs), markup=False, soft_wrap=True)
     _print_written(found.attrs["written"], plot)
 
 

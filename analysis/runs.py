@@ -66,6 +66,7 @@ class StudyFacts:
     searched: tuple[str, ...]
     space: dict[str, Any]
     statement: dict[str, Any]
+    floor: dict[str, Any]  # FID and KID of real images against real ones; empty before a run was judged
     folder: str | None
     repeats: str | None
 
@@ -204,6 +205,7 @@ def _facts(run: StoredRun) -> StudyFacts:
         searched=names("searched"),
         space=json.loads(tags.get(schema.SPACE_TAG, "{}")),
         statement=json.loads(tags.get(schema.STATEMENT_TAG, "{}")),
+        floor=json.loads(tags.get(schema.FLOOR_TAG, "{}")),
         folder=tags.get(schema.FOLDER_TAG),
         repeats=tags.get(schema.REPEATS_TAG),
     )

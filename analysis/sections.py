@@ -34,7 +34,7 @@ from analysis.selection import (
     usual_rules,
 )
 from analysis.store import fetch_artifact, fetch_history
-from analysis.tables import REJECTED, guarantee, rounded_up, with_error
+from analysis.tables import REJECTED, floor_in_words, guarantee, rounded_up, with_error
 from analysis.verdict import read_verdict
 from dpsink.config import read_yaml
 from dpsink.console import metric_text
@@ -260,6 +260,7 @@ def _best(material: Material, section: Section) -> None:
         "Judged on test, which selected nothing: the runs that the study chose at its end, and what was judged again. "
         "An accuracy that the class-mean control reaches too says nothing about the samples; variety and recall do."
     )
+    section.words.append(f"F{floor_in_words(runs)[1:]}.")
     for rule in usual_rules(runs):
         ranked = ranked_by(runs, rule)
         title = f"Best by {rule.title}: {min(TOP, len(ranked))} of {len(ranked)} configurations"

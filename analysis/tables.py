@@ -82,6 +82,13 @@ def _promise(runs: Runs, index: int) -> str:
     return f"{name}each trial ε ≤ {facts.target_epsilon:g}, {claim}{policy}, δ = {facts.delta:g}"
 
 
+def floor_in_words(runs: Runs) -> str:
+    """What real images score against real ones, beside which every FID and KID is to be read."""
+    if not (floor := runs.study.floor):
+        return "floor of FID: not measured, no run of the study was judged on test"
+    return f"floor: {console.floor_text(floor)}"
+
+
 def rounded_up(epsilon: float | str) -> str:
     """An ε for people, never below what it is."""
     from dpsink.privacy.plan import NON_PRIVATE

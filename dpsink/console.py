@@ -104,6 +104,12 @@ def metric_text(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
+def floor_text(floor: Mapping[str, Any]) -> str:
+    """The floor of FID and KID in a line: what real images score against real ones, and which those are."""
+    fid, kid = (metric_text(floor[name]) for name in ("fid", "kid"))
+    return f"real images against real ones have FID {fid}, KID {kid}: {floor['of']}"
+
+
 @contextmanager
 def stop_on_signals() -> Iterator[Callable[[], bool]]:
     """Turns Ctrl-C and SIGTERM into a flag, so that a trial can end cleanly; a second Ctrl-C kills."""

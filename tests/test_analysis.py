@@ -346,6 +346,7 @@ def test_best_prints_the_comparison_and_the_reasons(
     assert "4 of 16 runs accepted" in printed.out
     assert "above the target epsilon" in printed.out
     assert "whole study ε ≤ 31.416" in printed.out
+    assert "floor: real images against real ones have FID 0.1234, KID 0.0012: validation (180" in printed.out
 
 
 def test_the_package_is_a_command() -> None:

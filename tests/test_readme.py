@@ -9,15 +9,16 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
+from pydantic import BaseModel
 
 import analysis.cli
 import dpsink.cli
 import tune.cli
-from dpsink.config import load_config
+from dpsink.config import TrialConfig, load_config
 from dpsink.data import private_records
 from tune.study import load_study
 
@@ -273,3 +274,31 @@ def test_every_module_has_a_room_in_the_design() -> None:
     rows = rooms()
     texts = {path: rows.get(place(path)) or rows.get(place(path.parent) + "/", "") for path in modules()}
     assert [place(path) for path, row in texts.items() if not re.search(rf"\b{path.stem}\b", row)] == []
+
+
+PUBLISHED_FLAGS = """of the published tool's commands for training and evaluation:
+    --dataset --resultdir --target_epsilon --debias --debias_ratio --cost --p --mixture_fraction --val_interval
+    --vis_interval --num_epochs --batch_size --lr --sinkhorn_eps --g_type --act_function --latent_dim --hidden_dim
+    --embed_dim --embed_multiplier --sampling --mechanism --datadir --num_vis_examples --d_steps --dp
+    --noise_multiplier --l2_norm_clip --sensitivity_to_l2_norm_clip --gen_batch_size --seed"""
+
+
+def settings_of(model: type[BaseModel]) -> set[str]:
+    """Dotted paths of a trial's settings, under every kind of what has kinds."""
+    return {
+        f"{name}.{leaf}"
+        for name, field in model.model_fields.items()
+        for kind in (get_args(field.annotation) or (field.annotation,))
+        if isinstance(kind, type) and issubclass(kind, BaseModel)
+        for leaf in kind.model_fields
+    }
+
+
+def test_every_flag_of_the_published_tool_is_mapped_to_a_setting_that_exists() -> None:
+    text = (ROOT / "docs" / "from-the-original.md").read_text(encoding="utf-8")
+    flags = re.findall(r"--\w+", PUBLISHED_FLAGS)
+    assert len(flags) == 31
+    assert [flag for flag in flags if not re.search(rf"`{flag}[` ]", text)] == []
+    named = set(re.findall(r"`((?:data|generator|sinkhorn|privacy|optimizer|evaluation)\.[a-z0-9_]+)", text))
+    assert named - settings_of(TrialConfig) == set()
+    assert len(named) > 20

@@ -248,6 +248,10 @@ def test_statement_comes_before_any_number_of_quality(clean: str) -> None:
     assert whole.index("whole study ε ≤") < QUALITY.search(whole).start()  # pyright: ignore[reportOptionalMemberAccess]
 
 
+def test_floor_of_fid_stands_with_the_best(clean: str) -> None:
+    assert "real images against real ones have fid 0.1234" in section(clean, "The best runs").text.lower()
+
+
 def test_statement_gives_target_delta_adjacency_accountant_and_conditions(clean: str) -> None:
     text = section(clean, "Privacy").text
     wanted = (

@@ -23,6 +23,7 @@ import yaml
 from ray.exceptions import RaySystemError
 from ray.tune import TuneError
 
+from dpsink.console import metric_text
 from dpsink.data import load_dataset
 from dpsink.errors import InputError
 from dpsink.privacy.budget import charged_steps
@@ -157,7 +158,7 @@ def refused(path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 def no_judge(*_: Any, **__: Any) -> dict[str, Any]:
     """Takes the place of the last word on the test split, which takes seconds."""
-    return {"metrics": {"accuracy_logreg": 0.5}}
+    return {"metrics": {"accuracy_logreg": 0.5}, "floor": {"fid": 0.1, "kid": 0.0, "of": "real against real"}}
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +210,19 @@ def test_the_baselines_and_what_is_best_alone_are_judged_on_the_test_split(finis
     best = [select_best(folder, metric) for metric in ("accuracy_logreg", *CHOSEN_BY)]
     judged = {name for name in states(folder) if folder.test_metrics(name)}
     assert judged == {"baseline-control", *(trial.name for trial in best if trial)}
+
+
+@SLOW
+def test_what_real_images_score_is_measured_and_told_beside_the_best(
+    finished: tuple[Path, Outcome], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, outcome = finished
+    floor = outcome.folder.floor()
+    assert floor["of"] == "validation (180 images) against test (180 images)"
+    print_summary(summarise(outcome, load_study(path)))
+    assert f"FID {metric_text(floor['fid'])}" in capsys.readouterr().out
+    (run,) = runs_of(outcome.folder, schema.KIND_STUDY)
+    assert json.loads(run.data.tags[schema.FLOOR_TAG]) == floor
 
 
 @SLOW

@@ -29,6 +29,7 @@ from tune.folder import StudyFolder, StudyRecord, TrialEnd, TrialRecord
 from tune.tracking import Mirror, MLflowTracker, check_tracking, connect, rebuild
 
 FINGERPRINT, EXTRACTOR, TARGET = "hmac:ours", "classifier@180", 10.0
+FLOOR = {"fid": 0.1234, "kid": 0.0012, "of": "validation (180 images) against test (180 images)"}
 STATEMENT = {"policy": "compose_all", "study_epsilon": 31.4159, "study_delta": 1e-5, "assumptions": ["one", "two"]}
 
 
@@ -63,6 +64,7 @@ def make_study(path: Path, fakes: list[Fake], uri: str, **changes: Any) -> Study
     folder = StudyFolder(path)
     folder.write_study(record.model_copy(update=changes), "name: digits-study\n")
     folder.write_statement(STATEMENT)
+    folder.write_floor(FLOOR)
     for fake in fakes:
         write_trial(folder, fake)
     return folder

@@ -96,6 +96,7 @@ def judge_once(study: Study, folder: StudyFolder, record: TrialRecord, data_root
         folder.run(record.name), samples=study.test_samples, data_root=data_root,
         extractor=record.config.evaluation.extractor,
     )  # fmt: skip
+    folder.write_floor(answer["floor"])
     folder.write_test(record.name, answer["metrics"])
 
 

@@ -3,6 +3,7 @@
 STUDY/study.yaml              the study file as it was given
 STUDY/study.json              `StudyRecord`
 STUDY/statement.json          the ledger's present statement
+STUDY/floor.json             FID and KID of real images against real ones, once a run was judged
 STUDY/outcome.json            how the last session ended; absent while one runs, and after a kill
 STUDY/ledger/                 the study's privacy ledger
 STUDY/witness.json            what the ledger has held
@@ -32,6 +33,7 @@ from tune import schema
 WITNESS = "witness.json"
 SELECTION = "selection.json"
 OUTCOME = "outcome.json"
+FLOOR = "floor.json"
 
 
 class Earlier(Strict):
@@ -213,6 +215,15 @@ class StudyFolder:
     def test_metrics(self, name: str) -> dict[str, float]:
         """Metrics on the test split, empty unless the trial was chosen."""
         path = self.trial(name) / "test.json"
+        return read_json(path) if path.exists() else {}
+
+    def write_floor(self, floor: dict[str, Any]) -> None:
+        """Records what real images score against real ones: `fid`, `kid`, and which images they are, `of`."""
+        write_atomically(self.path / FLOOR, json.dumps(floor, indent=1))
+
+    def floor(self) -> dict[str, Any]:
+        """The floor of FID and KID, empty before a run was judged."""
+        path = self.path / FLOOR
         return read_json(path) if path.exists() else {}
 
     def write_witness(self, witness: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ FINGERPRINT_TAG = "dpsink.data_fingerprint"
 PRIVATE_TAG = "dpsink.private"  # "true", or "NON-PRIVATE"
 STATEMENT_TAG = "dpsink.statement"
 FOLDER_TAG = "dpsink.folder"
+FLOOR_TAG = "dpsink.floor"  # of a study: FID and KID of real images against real ones, and of which, as JSON
 SPACE_TAG = "dpsink.space"  # of a study: its search space as JSON, as the study file writes it
 REPEATS_TAG = "dpsink.repeats"  # of a study that repeats the best of another: that study's id
 GRID_TAG = "dpsink.samples_sha256"  # which sample grid was logged last

@@ -30,6 +30,7 @@ def summarise(outcome: Outcome, study: Study) -> dict[str, Any]:
         "objectives": list(study.objectives),
         "runs": [_describe(outcome, group) for group in chosen],
         "front": _front(outcome, study),
+        "floor": folder.floor(),
         "statement": outcome.statement,
         "ended_early": outcome.ended_early,
         "seconds": round(outcome.seconds, 1),
@@ -43,6 +44,8 @@ def print_summary(document: dict[str, Any]) -> None:
     _print_runs(document)
     _print_front(document)
     out = console.out
+    if document["floor"]:
+        out.print(f"floor:   {console.floor_text(document['floor'])}", markup=False, soft_wrap=True)
     out.print()
     out.print(PrivacyStatement.from_dict(document["statement"]).text(), markup=False, soft_wrap=True)
     for name, error in document["failed"].items():

@@ -251,6 +251,8 @@ class Mirror:
             schema.FOLDER_TAG: str(self.folder.path.resolve()),
             schema.SPACE_TAG: _space(self.folder),
         }
+        if floor := self.folder.floor():
+            tags[schema.FLOOR_TAG] = json.dumps(floor)
         if self.record.repeats:
             tags[schema.REPEATS_TAG] = self.record.repeats.study_id
         self._log(run, {f"{schema.STUDY_PARAM}{name}": value for name, value in facts.items()}, tags)

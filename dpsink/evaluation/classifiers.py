@@ -99,7 +99,7 @@ def fit(model: nn.Module, data: LabelledImages, *, seed: int, device: torch.devi
     """
     generator = torch.Generator().manual_seed(seed)
     initialise(model, generator)  # on the CPU: every device starts from the same weights
-    model.to(device)
+    model.to(device, memory_format=torch.channels_last)  # pooling of the other layout takes thrice as long on a CPU
     held_back, kept = torch.randperm(len(data), generator=generator).tensor_split([len(data) // HELD_BACK])
     training, stopping = (data.take(rows).to(device) for rows in (kept, held_back))
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, fused=True)

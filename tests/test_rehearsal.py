@@ -1,6 +1,7 @@
 """A study on a cluster of three machines made of namespaces, and the faults that it survives."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 600  # on a machine that does nothing else it takes less than half of it
+
+STEPS, POINTS = 400, 3  # of its trials: experiments/clusters/rehearsal/study.yaml
 
 pytestmark = [
     pytest.mark.alone,
@@ -57,6 +60,11 @@ def test_trials_of_lost_nodes_were_resumed_by_others(rehearsal: dict[str, Any]) 
     # What nobody disturbed was opened once, and lost nothing.
     others = [trial for name, trial in rehearsal["trials"].items() if name not in lost]
     assert others and all((trial["attempts"], trial["lost"]) == (1, 0) for trial in others)
+
+
+def test_lost_node_costs_a_trial_less_than_the_steps_between_two_checkpoints(rehearsal: dict[str, Any]) -> None:
+    interval = math.ceil(STEPS / POINTS)
+    assert all(trial["lost"] <= (trial["attempts"] - 1) * interval for trial in rehearsal["trials"].values())
 
 
 def test_new_machine_joined_while_the_study_ran(rehearsal: dict[str, Any]) -> None:

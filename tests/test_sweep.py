@@ -1,7 +1,7 @@
 """Whole studies: through Ray to their end, and through every way of being interrupted.
 
-The slow tests share two studies. `finished` ran undisturbed; `stormy` lost its driver, then a worker, and was then
-stopped by hand, before it was let finish.
+The slow tests share two studies. `finished` ran undisturbed; `stormy` lost its driver, then a worker, then one more
+after a warning, and was then stopped by hand, before it was let finish.
 """
 
 import hashlib
@@ -508,18 +508,19 @@ class Storm:
 
 
 RUNNER = "trial-0001"  # who is hit each time
-STEPS, POINTS = 500, 5
+STEPS, POINTS = 800, 8
 
 
 @pytest.fixture(scope="module")
 def stormy(root: Path) -> Storm:
-    """A study that lost its driver, then a worker, was then stopped by hand, and finished."""
+    """A study that lost its driver, then two workers, was then stopped by hand, and finished."""
     path = write_study(root, "stormy", steps=STEPS, points=POINTS)
     storm = Storm(folder_of(path))
     with Command(path) as first:
         lose_the_driver(first, path, storm)
         with Command(path) as second:  # at once, while what the first left behind may still be dying
             lose_a_worker(second, storm)
+            take_a_machine_away(second, storm)
             stop_by_hand(second, storm)
         storm.survivors = first.left()
     with pytest.MonkeyPatch.context() as patch:
@@ -541,9 +542,23 @@ def lose_the_driver(command: Command, path: Path, storm: Storm) -> None:
 
 def lose_a_worker(command: Command, storm: Storm) -> None:
     go_on(storm)
-    holder = next((storm.folder.run(RUNNER) / "ledger").glob("lock-*")).read_text().split()[0]
-    command.kill(int(holder))
+    command.kill(holder(storm))
     go_on(storm)
+
+
+def take_a_machine_away(command: Command, storm: Storm) -> None:
+    """As a cloud takes a spot machine: a warning, and death soon after."""
+    pid = holder(storm)
+    os.kill(pid, signal.SIGTERM)
+    time.sleep(0.2)
+    if identity(pid):
+        command.kill(pid)
+    go_on(storm)
+
+
+def holder(storm: Storm) -> int:
+    """The process that has the trial."""
+    return int(next((storm.folder.run(RUNNER) / "ledger").glob("lock-*")).read_text().split()[0])
 
 
 def go_on(storm: Storm) -> None:
@@ -578,14 +593,14 @@ def test_no_worker_outlives_a_driver_that_was_killed(stormy: Storm) -> None:
 
 @SLOW
 def test_a_trial_goes_on_from_its_checkpoint_when_its_driver_or_its_worker_was_killed(stormy: Storm) -> None:
-    after_driver, after_worker = stormy.resumed
-    assert 0 < after_driver < after_worker
+    after_driver, after_worker, after_warning = stormy.resumed
+    assert 0 < after_driver < after_worker < after_warning
 
 
 @SLOW
 def test_a_worker_that_was_killed_is_told_of_in_one_line(stormy: Storm) -> None:
     told = [line for line in stormy.stop[2].splitlines() if f"{RUNNER} goes on from its checkpoint" in line]
-    assert len(told) == 1
+    assert len(told) == 2  # once killed, once warned first
     assert "Traceback" not in stormy.stop[2]
 
 
@@ -654,8 +669,14 @@ def test_every_step_is_charged_and_none_beyond_the_budget(stormy: Storm) -> None
 
 @SLOW
 def test_steps_that_a_kill_made_run_twice_are_charged_twice(stormy: Storm) -> None:
-    """Killed twice in the middle of a reservation, the trial has spent its budget before its last step."""
+    """Killed in the middle of a reservation, the trial has spent its budget before its last step."""
     assert charged_steps(stormy.folder.run(RUNNER) / "ledger") > step_of(stormy.folder, RUNNER)
+
+
+@SLOW
+def test_each_loss_costs_a_trial_less_than_the_steps_between_two_checkpoints(stormy: Storm) -> None:
+    lost = charged_steps(stormy.folder.run(RUNNER) / "ledger") - step_of(stormy.folder, RUNNER)
+    assert lost <= (attempts(stormy.folder, RUNNER) - 1) * STEPS / POINTS
 
 
 @SLOW

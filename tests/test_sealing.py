@@ -153,6 +153,7 @@ def test_the_winner_carries_the_statement_and_is_judged_on_test_images(published
     assert json.loads((folder.run("winner") / "statement.json").read_text()) == outcome.statement
     assert outcome.statement["policy"] == "release_best"
     assert {"fid", "accuracy"} <= set(folder.test_metrics("winner"))
+    assert folder.floor()["of"] == "validation (180 images) against test (180 images)"
 
 
 @pytest.mark.slow

@@ -62,6 +62,7 @@ class SealedSession(Session):
 
     def _judge(self, drawn: StudyFolder) -> None:
         judge_once(self.study, drawn, drawn.read_trial(WINNER), self.data_root)
+        self.folder.write_floor(drawn.floor())  # of public images: it tells of no trial
 
     def _write_outcome(self) -> None:
         """That a selection has ended is on record; of a session of it nothing is."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from dpsink.data import LabelledImages, to_unit
 from dpsink.errors import InputError
@@ -99,7 +100,10 @@ def fit(model: nn.Module, data: LabelledImages, *, seed: int, device: torch.devi
     """
     generator = torch.Generator().manual_seed(seed)
     initialise(model, generator)  # on the CPU: every device starts from the same weights
-    model.to(device, memory_format=torch.channels_last)  # pooling of the other layout takes thrice as long on a CPU
+    model.to(device)
+    convert_conv2d_weight_memory_format(
+        model, torch.channels_last
+    )  # in the other, pooling takes thrice as long on a CPU
     held_back, kept = torch.randperm(len(data), generator=generator).tensor_split([len(data) // HELD_BACK])
     training, stopping = (data.take(rows).to(device) for rows in (kept, held_back))
     optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE, fused=True)

@@ -116,6 +116,7 @@ def fit(model: nn.Module, data: LabelledImages, *, seed: int, device: torch.devi
         elif epoch - best_epoch == PATIENCE:
             break
     model.load_state_dict(best_state)
+    convert_conv2d_weight_memory_format(model, torch.contiguous_format)  # as it came: it may be saved
 
 
 def initialise(model: nn.Module, generator: torch.Generator) -> None:

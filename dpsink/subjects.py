@@ -58,9 +58,11 @@ def read_subject(place: Path, reference: LabelledImages, card: Mapping[str, Any]
     Raises:
         InputError: files that cannot be read, another size, other classes.
     """
-    images, labelled = (_read_folder if place.is_dir() else _read_npz)(place, reference, skip_bad)
-    if card is not None and card.get("images", len(images)) != len(images) and not skip_bad:
-        raise InputError(f"{place}: holds {len(images)} images, its card is of {card['images']}; remove the card")
+    decoded, labels, labelled = (_read_folder if place.is_dir() else _read_npz)(place, reference)
+    # The card is of all that lie there, whatever can be read: it must not come to stand for other images.
+    if card is not None and card.get("images", len(labels)) != len(labels):
+        raise InputError(f"{place}: holds {len(labels)} images, its card is of {card['images']}; remove the card")
+    images = _usable(decoded, labels, reference, skip_bad)
     if images.shape != reference.shape:
         raise InputError(
             f"{place}: images are {shape_text(images.shape)}, the real ones {shape_text(reference.shape)}; resize them"
@@ -75,17 +77,18 @@ def _part(images: LabelledImages, samples: int, seed: int) -> LabelledImages:
     return images.take(torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:samples])
 
 
-def _read_npz(place: Path, reference: LabelledImages, skip_bad: bool) -> tuple[LabelledImages, bool]:
+def _read_npz(place: Path, reference: LabelledImages) -> tuple[Decoded, torch.Tensor, bool]:
+    """Pixels, labels, and whether these mean anything."""
     colour = _form(reference).colour
     if not has_labels(place):
         pixels = _form(reference).apply_to_all(read_images(place))
-        return _usable(Decoded(pixels), torch.zeros(len(pixels), dtype=torch.int64), reference, skip_bad), False
+        return Decoded(pixels), torch.zeros(len(pixels), dtype=torch.int64), False
     settings: dict[str, Any] = {"test": "public", "validation": "public", "colour": colour}
     source = open_npz(DataConfig(name=f"npz:{place}", classes=reference.num_classes, **settings), place)
-    return _usable(source.images(TRAIN), source.labels[TRAIN], reference, skip_bad), True
+    return source.images(TRAIN), source.labels[TRAIN], True
 
 
-def _read_folder(place: Path, reference: LabelledImages, skip_bad: bool) -> tuple[LabelledImages, bool]:
+def _read_folder(place: Path, reference: LabelledImages) -> tuple[Decoded, torch.Tensor, bool]:
     names = _classes(place)
     if names == [UNLABELLED]:
         numbers = [0]
@@ -98,8 +101,9 @@ def _read_folder(place: Path, reference: LabelledImages, skip_bad: bool) -> tupl
                 f"{place}: holds {len(names)} classes, the real images {reference.num_classes}; name the folders by "
                 "number, or fill all of them"
             )
-    if max(numbers) >= reference.num_classes:
-        raise InputError(f"{place / names[-1]}: classes of the real images are 0 to {reference.num_classes - 1}")
+    if (largest := max(numbers)) >= reference.num_classes:
+        odd = place / names[numbers.index(largest)]
+        raise InputError(f"{odd}: classes of the real images are 0 to {reference.num_classes - 1}")
     files = [
         (f"{name}/{file.name}", number)
         for name, number in zip(names, numbers, strict=True)
@@ -108,7 +112,7 @@ def _read_folder(place: Path, reference: LabelledImages, skip_bad: bool) -> tupl
     ]
     decoded = decode(place, [name for name, _ in files], _form(reference))
     labels = torch.tensor([number for _, number in files], dtype=torch.int64)
-    return _usable(decoded, labels, reference, skip_bad), names != [UNLABELLED]
+    return decoded, labels, names != [UNLABELLED]
 
 
 def _usable(decoded: Decoded, labels: torch.Tensor, reference: LabelledImages, skip_bad: bool) -> LabelledImages:

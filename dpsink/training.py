@@ -24,7 +24,14 @@ from dpsink.data import ImageData, LabelledImages
 from dpsink.engine import Stack, Trial, TrialState, initial_state, open_stack, structure
 from dpsink.entropy import Entropy, OsEntropy
 from dpsink.errors import InputError
-from dpsink.evaluation import CLASSIFIERS, WORST_DISTANCE, build_extractor, classifier_accuracies, evaluate
+from dpsink.evaluation import (
+    CLASSIFIERS,
+    WORST_DISTANCE,
+    build_extractor,
+    classifier_accuracies,
+    evaluate,
+    require_extractor,
+)
 from dpsink.privacy.budget import TrialBudget
 from dpsink.privacy.mechanism import release_counts
 from dpsink.privacy.plan import PrivacyPlan, delta_warning, derive_plan
@@ -270,6 +277,8 @@ class TrialRun:
         plan = derive_plan(config, len(data.train))
         if warning := delta_warning(config, len(data.train)):
             log.warning(warning)
+        if data.validation is not None and data.validation_is_public:
+            require_extractor(config.evaluation.extractor)
         _claim_folder(folder, config)
         checkpoint = latest_checkpoint(folder)
         state = initial_state(config, data.train)

@@ -18,10 +18,10 @@ from dpsink.config import DataConfig, load_config
 from dpsink.control import control_command
 from dpsink.data import ImageData
 from dpsink.errors import InputError
-from dpsink.judging import UNKNOWN, half_width, judge, privacy_card
+from dpsink.judging import _CARD_FIELDS, UNKNOWN, half_width, judge, privacy_card
 from dpsink.synthesis import balanced_labels
 from dpsink.training import train
-from dpsink.writing import synthesize
+from dpsink.writing import card_path, synthesize
 
 SMALL = (
     "generator.hidden_dim=4", "sinkhorn.gen_batch_size=10", "sinkhorn.cost=l2", "privacy.noise_multiplier=3",
@@ -119,6 +119,7 @@ def test_colour_files_of_grey_images_are_read_as_grey(tmp_path: Path) -> None:
     [
         (["cat", "dog"], "holds 2 classes, the real images 10"),
         (["0", "10"], "classes of the real images are 0 to 9"),
+        (["0", "10", "9"], "/10: classes of the real images are 0 to 9"),
     ],
 )
 def test_folder_of_other_classes_is_refused(names: list[str], named: str, tmp_path: Path) -> None:
@@ -145,6 +146,14 @@ def test_image_that_cannot_be_read_is_named_or_skipped(tmp_path: Path) -> None:
     line = refused(lambda: judge(place, **FEW))
     assert str(place / "4" / "1.png") in line and "--skip-bad" in line
     assert judge(place, skip_bad=True, **FEW)["samples"] == 29
+
+
+def test_card_of_more_images_than_lie_there_is_refused_whatever_is_skipped(tmp_path: Path) -> None:
+    place = write_folder(tmp_path / "set", [str(k) for k in range(10)])
+    (place / "4" / "1.png").write_bytes(b"")
+    fields = dict.fromkeys(_CARD_FIELDS, 1) | {"private": True, "images": 31}
+    card_path(place).write_text(json.dumps(fields))
+    assert "holds 30 images, its card is of 31" in refused(lambda: judge(place, skip_bad=True, **FEW))
 
 
 def test_images_without_a_data_set_are_refused(images: Callable[..., Path]) -> None:

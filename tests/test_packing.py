@@ -23,7 +23,8 @@ import yaml
 from pydantic import ValidationError
 from ray import tune
 
-from dpsink.config import TrialConfig, load_config
+from dpsink.config import DataConfig, TrialConfig, load_config
+from dpsink.data import load_dataset
 from dpsink.privacy.budget import charged_steps
 from dpsink.records import latest_checkpoint, read_state
 from tests.test_sweep import wait_for
@@ -95,7 +96,8 @@ class Engine(GpuEngine):
 
     def __init__(self, folder: StudyFolder, slots: int = 2, **times: Any) -> None:
         self.died = threading.Event()
-        super().__init__(Packing("here", slots, **times), str(folder.path), NOWHERE)
+        fingerprint = times.pop("fingerprint", None) or load_dataset(DataConfig()).fingerprint
+        super().__init__(Packing("here", slots, **times), str(folder.path), NOWHERE, fingerprint)
 
     def _die(self) -> None:
         self.died.set()
@@ -128,6 +130,17 @@ def follow(engine: Engine, name: str) -> list[dict[str, Any]]:
         heard.append(ask(engine, name, token, heard[-1]["step"] if heard else None).values)
     engine.leave(name, token)
     return heard
+
+
+def test_other_data_on_a_node_fail_its_trial_before_a_step_is_charged(
+    start: Callable[..., Engine], tmp_path: Path
+) -> None:
+    folder = study_of(tmp_path, one=())
+    engine = start(folder, fingerprint="hmac:of-other-data")
+    news = ask(engine, "one", engine.join("one"))
+    assert (news.ended, news.kind) == (True, "InputError")
+    assert "are not those of the study here" in news.error
+    assert not (folder.run("one") / "ledger").exists()
 
 
 def together(engine: Engine, names: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
@@ -408,9 +421,11 @@ def fit(
             (place / "torch").write_text(str([name for name in sys.modules if name.startswith("torch")]))
 
     names = [record.name for record in folder.trials()]
+    fingerprint = load_dataset(DataConfig()).fingerprint
+    given = {"folder": str(folder.path), "data_root": NOWHERE, "fingerprint": fingerprint}
     tuner = tune.Tuner(
         tune.with_resources(client, {"cpu": 1, "gpu": 1 / 4}),
-        param_space={"folder": str(folder.path), "data_root": NOWHERE, "trial": tune.grid_search(names)},
+        param_space=given | {"trial": tune.grid_search(names)},
         tune_config=tune.TuneConfig(max_concurrent_trials=4, reuse_actors=True),
         run_config=tune.RunConfig(
             name="ray", storage_path=str(folder.path), verbose=0, failure_config=tune.FailureConfig(failures),

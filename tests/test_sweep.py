@@ -23,6 +23,7 @@ import yaml
 from ray.exceptions import RaySystemError
 from ray.tune import TuneError
 
+from dpsink.config import DataConfig
 from dpsink.console import metric_text
 from dpsink.data import load_dataset
 from dpsink.errors import InputError
@@ -40,6 +41,7 @@ from tune.study import Study, load_study
 from tune.summary import print_summary, summarise
 from tune.sweep import Outcome, run_study
 from tune.tracking import connect
+from tune.trainable import load_same
 
 SLOW = pytest.mark.slow
 TRIALS = ["baseline-control", "trial-0001", "trial-0002"]
@@ -685,6 +687,13 @@ def test_no_trial_of_a_storm_spends_more_than_its_target(stormy: Storm) -> None:
 
 
 # Without Ray.
+
+
+def test_other_data_on_a_node_are_found_before_a_step_is_charged(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="are not those of the study here; copy them"):
+        load_same(DataConfig(), tmp_path, "hmac:of-other-data")
+    data = load_dataset(DataConfig())
+    assert load_same(DataConfig(), tmp_path, data.fingerprint).fingerprint == data.fingerprint
 
 
 class Inline:

@@ -174,6 +174,15 @@ def test_vanished_ledger_is_refused(digits: ImageData, tmp_path: Path) -> None:
         run(small(), digits, folder)
 
 
+def test_missing_inception_weights_are_told_before_a_step_is_charged(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(InputError, match="no Inception weights there"):
+        run(small("evaluation.extractor=inception"), digits, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_unwritable_folder_is_told(digits: ImageData, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):

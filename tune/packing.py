@@ -182,7 +182,11 @@ def _find_engine(config: dict[str, Any], packing: Packing) -> Any:
         # Ray hides all GPUs from who has asked for none, unless it is told not to.
         "runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": gpu, "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}},
     }
-    return ray.remote(GpuEngine).options(**options).remote(packing, config["folder"], config["data_root"])
+    return (
+        ray.remote(GpuEngine)
+        .options(**options)
+        .remote(packing, config["folder"], config["data_root"], config["fingerprint"])
+    )
 
 
 # -- the driver -------------------------------------------------------------------------------------------------------
@@ -240,10 +244,12 @@ class GpuEngine:
     Args:
         packing: of the study.
         folder, data_root: absolute.
+        fingerprint: of the study's data.
     """
 
-    def __init__(self, packing: Packing, folder: str, data_root: str) -> None:
+    def __init__(self, packing: Packing, folder: str, data_root: str, fingerprint: str) -> None:
         self.packing, self.folder, self.data_root = packing, Path(folder), Path(data_root)
+        self.fingerprint = fingerprint
         self._leases: dict[str, _Lease] = {}
         self._changed = threading.Condition()  # guards the leases and the notes
         self._notes: deque[tuple[Callable[[], None], Future[None]]] = deque()
@@ -350,11 +356,11 @@ class GpuEngine:
 
     def _load(self, config: "DataConfig") -> "ImageData":
         """The data, loaded once and shared."""
-        from dpsink.data import load_dataset
+        from tune.trainable import load_same
 
         with self._loading:
             if config not in self._data:
-                self._data[config] = load_dataset(config, root=self.data_root)
+                self._data[config] = load_same(config, self.data_root, self.fingerprint)
             return self._data[config]
 
     def _end(self, lease: _Lease) -> Future[None]:

@@ -12,6 +12,7 @@ from typing import Any
 from dpsink.config import TrialConfig
 from dpsink.data import ImageData, load_dataset
 from dpsink.errors import InputError
+from dpsink.evaluation import require_extractor
 from dpsink.privacy.accounts import AccountTerms, TrialCosts
 from dpsink.privacy.ledger import TrialCost, composed_epsilon, planned_epsilon
 from dpsink.privacy.plan import PrivacyPlan, derive_plan
@@ -68,6 +69,8 @@ def check_study(study: Study, data_root: Path | None) -> StudyPlan:
         raise InputError(
             f"study {study.name}: data.validation_size=0 leaves nothing to select on; set it (mnist: 5000)"
         )
+    if data.validation_is_public:
+        require_extractor(common.evaluation.extractor)
     records = len(data.train)
     baselines = {name: derive_plan(config, records) for name, config in configs.items()}
     if points is not None:

@@ -155,7 +155,7 @@ class Session:
         return self.folder
 
     def _make_searcher(self) -> StudySearcher:
-        worker = {"data_root": str(self.data_root), "threads": 1}
+        worker = {"data_root": str(self.data_root), "fingerprint": self.plan.data.fingerprint, "threads": 1}
         records = len(self.plan.data.train)
         return StudySearcher(self.study, self.work, self.accounts, records, worker, self.changed)
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from ray import tune
 
-from dpsink.config import Performance
-from dpsink.data import load_dataset
+from dpsink.config import DataConfig, Performance
+from dpsink.data import ImageData, load_dataset
+from dpsink.errors import InputError
 from dpsink.privacy.storage import FencedError
 from dpsink.records import Report
 from dpsink.training import read_result, train, use_threads
@@ -23,8 +24,8 @@ def run_trial(config: dict[str, Any], device: str = "cpu") -> None:
     Tune's own checkpoints are not used: the run folder is the durable record, as for `dpsink train`.
 
     Args:
-        config: `folder` of the study, name of the `trial`, `data_root`, `threads`; absolute paths, since Ray
-            changes a worker's working directory.
+        config: `folder` of the study, name of the `trial`, `data_root`, `fingerprint` of the study's data, `threads`;
+            absolute paths, since Ray changes a worker's working directory.
         device: `cpu`, or `cuda` for the GPU that Ray has given this process.
     """
     folder = StudyFolder(Path(config["folder"]))
@@ -36,13 +37,28 @@ def run_trial(config: dict[str, Any], device: str = "cpu") -> None:
     if ended is not None:  # the process died between the last checkpoint and its report
         tune.report(packed(flat(ended)))
         return
-    data = load_dataset(record.config.data, root=Path(config["data_root"]))
+    data = load_same(record.config.data, Path(config["data_root"]), config["fingerprint"])
     try:
         for report in train(record.config, data, run, performance=performance):
             tune.report(packed(flat(report)))
     except FencedError as replaced:  # Ray, which gave this process up, no longer listens
         log.warning("%s is another process's by now, and stops here: %s", record.name, replaced)
         raise
+
+
+def load_same(config: DataConfig, root: Path, fingerprint: str) -> ImageData:
+    """The study's data, as this node has them, before a step on them is paid for.
+
+    Raises:
+        InputError: they are others, or cannot be read.
+    """
+    data = load_dataset(config, root=root)
+    if data.fingerprint != fingerprint:
+        raise InputError(
+            f"the data under {root} are not those of the study here; copy them, and of private data the key of "
+            "their fingerprint too, to every node"
+        )
+    return data
 
 
 def flat(report: Report) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dpsink.evaluation.extractors import (
     build_extractor,
     classifier_extractor,
     inception_extractor,
+    require_extractor,
 )
 from dpsink.evaluation.fidelity import WORST_DISTANCE, fidelity
 from dpsink.evaluation.floor import Floor, distance_floor
@@ -30,6 +31,7 @@ __all__ = [
     "evaluate",
     "fidelity",
     "inception_extractor",
+    "require_extractor",
     "variety",
 ]
 

@@ -68,6 +68,24 @@ def build_extractor(
     raise InputError(f"extractor {name!r} is not known; choose classifier or inception")
 
 
+def require_extractor(name: str) -> None:
+    """Refuses an extractor that needs a file which is not there, before anything is paid for.
+
+    Raises:
+        InputError: Inception's weights are not in torch hub's cache.
+    """
+    if name == "inception" and not (path := _inception_place()).is_file():
+        raise InputError(_no_weights(path))
+
+
+def _inception_place() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+
+
+def _no_weights(path: Path) -> str:
+    return f"{path}: no Inception weights there; download {URL_INCEPTION_V3} to it, or use `classifier`"
+
+
 def classifier_extractor(reference: LabelledImages, *, seed: int = 0, device: torch.device | str = "cpu") -> Extractor:
     """The hidden layer, 32 wide, of a small CNN that was trained to classify `reference`.
 
@@ -105,12 +123,10 @@ def inception_extractor(
     Raises:
         InputError: the file is missing, is something else, or cannot be downloaded.
     """
-    path = weights or Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    path = weights or _inception_place()
     if not path.is_file():
         if not download:
-            raise InputError(
-                f"{path}: no Inception weights there; download {URL_INCEPTION_V3} to it, or use `classifier`"
-            )
+            raise InputError(_no_weights(path))
         _download(path)
     return _load_inception(path, str(device))
 

@@ -17,7 +17,7 @@ from dpsink.privacy.storage import FencedError
 from dpsink.training import Ensemble, TrialRun
 from tune import cluster
 from tune.check import Preflight
-from tune.cluster import NODE_LOSSES, TooLarge, _Following, _Relay
+from tune.cluster import NODE_LOSSES, TooLarge, _Following, _is_memory, _Relay
 from tune.nodes import Node, leave_ray
 from tune.search import StudySearcher
 from tune.study import Resources, Study
@@ -94,6 +94,7 @@ class Silent:
         ("the actor's node was terminated: missed too many heartbeats", 0),
         ("The actor died because its node has died. Node Id: 1", 0),
         ("The actor 0 is unavailable: RPC error: Socket closed", 0),
+        ("Worker exits with an exit code 1. The process receives a SIGTERM.", 0),
         ("Worker exit type: SYSTEM_ERROR: connection error code 2", 1),
     ],
 )
@@ -113,6 +114,26 @@ def test_trial_that_takes_every_node_down_is_given_up_at_last(tmp_path: Path) ->
     trial.num_failures = 1
     relay.on_trial_recover(0, [], trial)
     assert trial.num_failures == 1
+
+
+def test_loss_that_tune_has_forgiven_is_not_forgiven_twice(tmp_path: Path) -> None:
+    listener: Any = Silent()
+    relay, trial = _Relay(listener, lambda: False, tmp_path), Lost("its node has died", tmp_path)
+    trial.num_failures = 0
+    relay.on_trial_recover(0, [], trial)
+    assert trial.num_failures == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "monitor"),
+    [
+        ("ray.exceptions.OutOfMemoryError: Task was killed due to the node running low on memory.", True),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 20.00 MiB.", False),
+        ("RuntimeError: OutOfMemoryError: CUDA out of memory.", False),  # as an engine tells it
+    ],
+)
+def test_full_gpu_is_a_failure_of_its_trial_and_no_want_of_memory_on_the_node(words: str, monitor: bool) -> None:
+    assert _is_memory(words) == monitor
 
 
 class Handle:

@@ -806,14 +806,26 @@ def test_a_study_stopped_between_two_trials_is_not_finished(
     assert not folder.test_metrics("baseline-control")
 
 
-@pytest.mark.parametrize("fault", [KeyboardInterrupt(), ValueError("a bug")])
-def test_nothing_is_left_running_in_mlflow_whatever_happens(
-    root: Path, inline: Callable[..., Inline], fault: BaseException
-) -> None:
-    inline(fault)
-    path = write_study(root, f"fault-{type(fault).__name__}", steps=4, points=1, trials=1)
-    with pytest.raises(type(fault)):
+def test_a_bug_leaves_nothing_running_in_mlflow_and_is_on_record(root: Path, inline: Callable[..., Inline]) -> None:
+    inline(ValueError("a bug"))
+    path = write_study(root, "fault", steps=4, points=1, trials=1)
+    with pytest.raises(ValueError, match="a bug"):
         run_study(load_study(path))
+    outcome = folder_of(path).outcome()
+    assert outcome and "an error: a bug" in outcome.problem
+    assert_killed(path)
+
+
+def test_ctrl_c_outside_of_the_trials_stops_the_study_too(root: Path, inline: Callable[..., Inline]) -> None:
+    """While Ray starts, or while the best are judged."""
+    inline(KeyboardInterrupt())
+    path = write_study(root, "stopped-early", steps=4, points=1, trials=1)
+    outcome = run_study(load_study(path))
+    assert (outcome.interrupted, outcome.finished, outcome.problem) == (True, False, "stopped")
+    assert_killed(path)
+
+
+def assert_killed(path: Path) -> None:
     assert study_status(folder_of(path)) == "KILLED"
     assert statuses(folder_of(path)) == {"baseline-control": "FINISHED", "trial-0001": "KILLED"}
 

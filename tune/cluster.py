@@ -41,7 +41,8 @@ log = logging.getLogger("dpsink")
 NO_MEMORY = "a node ran out of memory; a lower resources.concurrency needs less"
 WORKER_RETRIES = 2  # of one trial whose process died
 NODE_LOSSES = 100  # of one trial, on machines that may be taken away at any time
-NODE_LOST = ("node was terminated", "node has died", "is unavailable")  # in Ray's words about a trial's process
+# In Ray's words about a trial's process: its machine is gone, or was told to go.
+NODE_LOST = ("node was terminated", "node has died", "is unavailable", "receives a SIGTERM")
 GROWS = "lower it, or on a cluster that grows set resources.concurrency to what it may grow to"
 LOOK_SECONDS = 5.0  # between two looks at what nodes there are
 
@@ -116,7 +117,7 @@ class _Relay(tune.Callback):
         name, failure = trial.config["trial"], _latest_failure(trial)
         if any(words in failure for words in NODE_LOST) and self._losses[name] < NODE_LOSSES:
             self._losses[name] += 1
-            trial.run_metadata.num_failures -= 1
+            trial.run_metadata.num_failures = max(0, trial.run_metadata.num_failures - 1)  # Tune may have forgiven it
 
 
 class _Following(ConcurrencyLimiter):
@@ -274,8 +275,11 @@ def _latest_failure(trial: Any) -> str:
 
 
 def _is_memory(error: Any) -> bool:
-    """Whether Ray's memory monitor has ended something; its own words fill a page."""
-    return "OutOfMemoryError" in str(error) or "running low on memory" in str(error)
+    """Whether Ray's memory monitor has ended something; its own words fill a page.
+
+    A GPU that is full is another matter, and a failure of the trial that was too large for it.
+    """
+    return "ray.exceptions.OutOfMemoryError" in str(error) or "running low on memory" in str(error)
 
 
 def _last_words(error: Any) -> str:

@@ -45,7 +45,7 @@ class Session:
         self.study, self.folder, self.plan, self.accounts, self.data_root = study, folder, plan, accounts, data_root
         self.finished = self.interrupted = False
         self._next_reading = 0.0
-        self.problem = "Ray fell over"
+        self.problem = "it has not ended"
         self.work = self._make_work()  # where trials are recorded and run
         self.board: Any = self._make_board()
         self.work.write_witness(accounts.witness())
@@ -65,6 +65,11 @@ class Session:
                     self.finished = True
         except NoRoom as full:
             self.problem = str(full)
+        except KeyboardInterrupt:  # while Ray starts, or the best are judged: elsewhere signals are a flag
+            self.interrupted, self.problem = True, "stopped"
+        except Exception as error:
+            self.problem = f"an error: {' '.join(str(error).split()) or type(error).__name__}"
+            raise
 
     def close(self) -> dict[str, Any]:
         """Writes the statement and closes the books, however the session ended."""
@@ -121,7 +126,10 @@ class Session:
         self.folder.write_statement(statement.to_dict())
 
     def _conclude(self) -> None:
-        for record in chosen_trials(self.folder, self.study.objectives):
+        chosen = chosen_trials(self.folder, self.study.objectives)
+        if waiting := sum(not self.folder.test_metrics(record.name) for record in chosen):
+            log.info("judging %d trials on the test split", waiting)
+        for record in chosen:
             judge_once(self.study, self.folder, record, self.data_root)
             self.tracker.poke(record.name)
 

@@ -45,6 +45,7 @@ RUNNING, COMPLETED, DIVERGED = "running", "completed", "diverged"
 LEDGER, SCORE_LEDGER = "ledger", "score-ledger"
 RESERVATION_SECONDS = 5.0  # steps lost to a crash, in time
 RESERVATION_SHARE = 100  # and at most this part of the budget
+CHECKPOINT_SECONDS = 60.0  # between two checkpoints, however far the next report is
 
 
 DEFAULT_PERFORMANCE = Performance()
@@ -68,6 +69,7 @@ def train(
     performance: Performance = DEFAULT_PERFORMANCE,
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    tell_again: bool = False,
 ) -> Iterator[Report]:
     """Trains one trial in its folder, from its last checkpoint if there is one.
 
@@ -80,6 +82,8 @@ def train(
         performance: where and how fast; changes neither ε nor the number of steps.
         should_stop: asked after every step; True ends the trial cleanly, to be resumed.
         on_progress: told after every reservation.
+        tell_again: whether a trial that goes on first repeats its last report, for a listener who may have died
+            before deciding on it.
 
     Yields:
         A report at each evaluation point, after its checkpoint is durable. The last one's status is
@@ -91,6 +95,8 @@ def train(
     set_up(performance)  # what cannot run is refused before anything is written
     with TrialRun.open(config, data, folder, entropy) as run:
         run.on_progress = on_progress
+        if tell_again and run.reports and not run.ended:
+            yield run.reports[-1]
         for _, report in train_together([run], performance=performance, should_stop=should_stop):
             yield report
 
@@ -267,6 +273,7 @@ class TrialRun:
     slot: int = -1
     granted: int = 0  # steps that are reserved and not yet taken
     reserved: int = 0  # steps of the last reservation
+    saved: float = field(default_factory=time.monotonic)  # when the state was made durable last
 
     def __post_init__(self) -> None:
         self.trial = Trial(self.config, self.plan, self.state, self.entropy)
@@ -354,6 +361,8 @@ class TrialRun:
         wanted = min(self._reservation(), self.boundary - self.state.step)
         if wanted <= 0 or not self.finite:
             return False
+        if time.monotonic() - self.saved > CHECKPOINT_SECONDS:
+            self._save_on_the_way()
         self.granted = self.reserved = self.budget.reserve(wanted)
         if self.granted:
             self.on_progress(Progress(self.state.step, self.plan.steps, self._epsilon_at(self.boundary)))
@@ -404,7 +413,7 @@ class TrialRun:
         return report
 
     def save(self) -> None:
-        """Makes the state durable; it is up to date outside a slot.
+        """Makes the state durable; it is up to date outside a slot, or after the stack's `update`.
 
         Raises:
             FencedError: another process has taken the trial over; its checkpoints stay as they are.
@@ -424,6 +433,13 @@ class TrialRun:
         )
         grid = sample_grid(self.state.generator, num_classes=self.data.train.num_classes)
         save_checkpoint(self.folder, description, self.state, grid)
+        self.saved = time.monotonic()
+
+    def _save_on_the_way(self) -> None:
+        """Makes the state durable between two reports: what is lost is paid for again."""
+        if self.stack is not None:
+            self.stack.update(self.slot)
+        self.save()
 
     def _reservation(self) -> int:
         """About five seconds of steps, at most a hundredth of the budget; one step while the speed is unknown."""

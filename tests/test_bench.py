@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments.bench import gpu, step
+from experiments.bench import gpu, step, study
 from experiments.bench.agreement import differences
 from experiments.bench.convolutions import generator_passes
 from experiments.bench.harness import Effort, fitted_exponent, in_turns
@@ -86,6 +86,19 @@ def test_step_measures_each_part(kind: str, columns: set[str], tmp_path: Path) -
     assert {"date", "machine", "device", "torch", "threads", "rows"} <= set(found)
     assert found["rows"] and all(row["measured"] for row in found["rows"])
     assert columns <= set(found["rows"][0]["values"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "columns"),
+    [
+        ("scale", {"s", "s a trial", "MB at 4", "status s", "resumed s"}),
+        ("overhead", {"whole s", "trials s", "bare s", "extra s a trial", "extra %"}),
+    ],
+)
+def test_what_a_study_costs_is_measured(kind: str, columns: set[str], tmp_path: Path) -> None:
+    (row,) = run(study.main, tmp_path, "--quick", "--only", kind)["rows"]
+    assert columns <= set(row["values"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -73,7 +73,20 @@ def test_twelve_trials_fit_a_terminal_of_80_columns_uncut(terminal: Console) -> 
 
 def test_a_line_shows_the_trial_its_settings_its_results_and_its_state(terminal: Console) -> None:
     line = next(line for line in render(full_board()) if line.startswith("trial-0001"))
-    expected = ["trial-0001", "3.46", "12.3", "0.051", "2000", "100", "0.0023", "9.999", "1235", "0.5002", "running"]
+    expected = [
+        "trial-0001",
+        "3.46",
+        "12.3",
+        "0.051",
+        "2000",
+        "100",
+        "0.0023",
+        "9.999",
+        "1235",
+        "0.5002",
+        "0.43",
+        "running",
+    ]
     assert line.split() == expected
 
 
@@ -86,9 +99,9 @@ def test_every_state_is_shown_whole(terminal: Console, state: str) -> None:
 
 def test_a_diverged_trial_fits(terminal: Console) -> None:
     board = full_board()
-    board.show(record("trial-0001"), "diverged", {"fid": WORST_DISTANCE, "accuracy": 0.0})
+    board.show(record("trial-0001"), "diverged", {"fid": WORST_DISTANCE, "accuracy": 0.0, "variety": 0.0})
     lines = render(board)
-    assert next(line for line in lines if line.startswith("trial-0001")).endswith("1e+06      0    diverged")
+    assert next(line for line in lines if line.startswith("trial-0001")).endswith("1e+06      0      0    diverged")
     assert max(map(len, lines)) <= 80
 
 

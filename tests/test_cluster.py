@@ -1,14 +1,16 @@
 """On a cluster nodes come and go: how many trials run at a time, what a lost node costs, what `check` says of nodes."""
 
 import gc
+import math
 import socket
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from ray.tune.experiment import Trial
 
 from dpsink.config import TrialConfig
 from dpsink.data import ImageData
@@ -17,10 +19,12 @@ from dpsink.privacy.storage import FencedError
 from dpsink.training import Ensemble, TrialRun
 from tune import cluster
 from tune.check import Preflight
-from tune.cluster import NODE_LOSSES, TooLarge, _Following, _is_memory, _Relay
+from tune.cluster import NODE_LOSSES, Interrupted, TooLarge, _Following, _is_memory, _Relay
+from tune.folder import StudyFolder
 from tune.nodes import Node, leave_ray
 from tune.search import StudySearcher
 from tune.study import Resources, Study
+from tune.wire import packed
 
 CPU, GPU = {"CPU": 4.0}, {"CPU": 8.0, "GPU": 1.0}
 
@@ -84,8 +88,21 @@ class Lost:
 
 
 class Silent:
+    """A listener, and a searcher, that do nothing."""
+
     def recovered(self, name: str, error: str) -> None:
         pass
+
+    def progressed(self, name: str, values: dict[str, Any]) -> None:
+        pass
+
+    def pause(self) -> None:
+        pass
+
+
+def relay_in(place: Path, should_stop: Callable[[], bool] = lambda: False) -> _Relay:
+    silent: Any = Silent()
+    return _Relay(silent, should_stop, StudyFolder(place), silent)
 
 
 @pytest.mark.parametrize(
@@ -99,15 +116,13 @@ class Silent:
     ],
 )
 def test_lost_node_is_no_failure_of_its_trial(words: str, counted: int, tmp_path: Path) -> None:
-    listener: Any = Silent()
-    relay, trial = _Relay(listener, lambda: False, tmp_path), Lost(words, tmp_path)
+    relay, trial = relay_in(tmp_path), Lost(words, tmp_path)
     relay.on_trial_recover(0, [], trial)
     assert trial.num_failures == counted
 
 
 def test_trial_that_takes_every_node_down_is_given_up_at_last(tmp_path: Path) -> None:
-    listener: Any = Silent()
-    relay, trial = _Relay(listener, lambda: False, tmp_path), Lost("its node has died", tmp_path)
+    relay, trial = relay_in(tmp_path), Lost("its node has died", tmp_path)
     for _ in range(NODE_LOSSES):
         trial.num_failures = 1
         relay.on_trial_recover(0, [], trial)
@@ -117,8 +132,7 @@ def test_trial_that_takes_every_node_down_is_given_up_at_last(tmp_path: Path) ->
 
 
 def test_loss_that_tune_has_forgiven_is_not_forgiven_twice(tmp_path: Path) -> None:
-    listener: Any = Silent()
-    relay, trial = _Relay(listener, lambda: False, tmp_path), Lost("its node has died", tmp_path)
+    relay, trial = relay_in(tmp_path), Lost("its node has died", tmp_path)
     trial.num_failures = 0
     relay.on_trial_recover(0, [], trial)
     assert trial.num_failures == 0
@@ -134,6 +148,35 @@ def test_loss_that_tune_has_forgiven_is_not_forgiven_twice(tmp_path: Path) -> No
 )
 def test_full_gpu_is_a_failure_of_its_trial_and_no_want_of_memory_on_the_node(words: str, monitor: bool) -> None:
     assert _is_memory(words) == monitor
+
+
+def test_trial_that_gets_on_between_two_crashes_is_not_given_up_for_both(tmp_path: Path) -> None:
+    relay, trial = relay_in(tmp_path), Lost("connection error", tmp_path)
+    relay.on_trial_result(0, [], trial, packed({"step": 10}))
+    assert trial.num_failures == 0
+    trial.num_failures = 1
+    relay.on_trial_result(0, [], trial, packed({"step": 10}))  # told again, after the crash
+    assert trial.num_failures == 1
+
+
+class Running:
+    status = Trial.RUNNING
+
+
+def test_trials_that_run_are_told_to_stop_and_waited_for_a_few_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relay = relay_in(tmp_path, lambda: True)
+    relay.on_step_begin(0, [Running()])
+    assert relay.folder.ordered_to_stop()
+    monkeypatch.setattr(cluster.time, "monotonic", lambda: math.inf)
+    with pytest.raises(Interrupted):
+        relay.on_step_begin(0, [Running()])
+
+
+def test_study_without_a_running_trial_stops_at_once(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        relay_in(tmp_path, lambda: True).on_step_begin(0, [])
 
 
 class Handle:

@@ -51,6 +51,7 @@ def test_time_is_steps_and_evaluations_side_by_side_and_cost_follows_its_price(t
     assert document["trials"] == 15
     assert document["seconds"] == pytest.approx([(12 * 1.2 + 3 * 1.01) / 2] * 2)
     assert document["cost"] == pytest.approx(document["seconds"])
+    assert [row["cost"] for row in document["rows"]] == [pytest.approx([3 * 1.01 / 2] * 2), pytest.approx([7.2] * 2)]
 
 
 @pytest.mark.usefixtures("timed")
@@ -62,6 +63,12 @@ def test_a_study_takes_no_less_than_its_longest_trial(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("timed")
 def test_without_a_price_there_is_no_cost(tmp_path: Path) -> None:
     assert told(tmp_path)["cost"] is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+@pytest.mark.usefixtures("timed")
+def test_a_study_of_gpus_that_is_timed_without_one_says_so(tmp_path: Path) -> None:
+    assert "for want of a GPU" in told(tmp_path, resources={"gpu": 0.25})["timed_on"]
 
 
 @pytest.mark.usefixtures("timed")
@@ -90,24 +97,25 @@ def test_it_prints_a_plan_that_fits_eighty_columns(tmp_path: Path, capsys: pytes
     rows = [
         {
             "name": "control", "trials": 3, "steps": (1, 1), "noise_multiplier": (0.47, 0.47), "sample_rate": (1, 1),
-            "epsilon": (10, 10), "seconds": (59, 59),
+            "epsilon": (10, 10), "seconds": (59, 59), "cost": (0.5, 0.5),
         },
         {
             "name": "search", "trials": 300, "steps": (12_345, 123_456), "noise_multiplier": (1.105, 5.222),
             "sample_rate": (0.008333, 0.09999), "epsilon": (9.123, 9.999), "seconds": (3700, 86_000),
+            "cost": (12, 30.7),
         },
     ]  # fmt: skip
     document = {
         "study": "mine", "data": "mnist", "records": 55_000, "rows": rows, "study_epsilon": 57.05, "delta": 1e-5,
         "policy": "compose_all", "concurrency": 2, "seconds": (36_000, 90_000), "cost": [12.5, 31.2],
-        "may_stop_early": True, "seeds_per_configuration": 3, "sealed": False,
+        "timed_on": "this machine", "may_stop_early": True, "seeds_per_configuration": 3, "sealed": False,
         "repeats": {"name": "first", "epsilon": 12.5, "delta": 1e-5},
     }  # fmt: skip
     forecast.print_forecast(document)
     lines = capsys.readouterr().out.splitlines()
     assert "1.105–5.222" in lines[3]
     assert "1–24 h" in lines[3]
-    assert "cost:    about 12.5–31.2, at resources.price_per_hour" in lines
+    assert "cost:    about 12.5–31.2, at resources.price_per_hour: control 0.5, search 12–30.7" in lines
     assert "         with that of first, which it repeats: ε 69.55, δ 2e-05" in lines
     assert max(len(line.rstrip()) for line in lines[:4]) <= 90
 

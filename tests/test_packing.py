@@ -118,7 +118,7 @@ def start() -> Iterator[Callable[..., Engine]]:
             engine.close()
 
 
-def ask(engine: Engine, name: str, token: str, told: int | None = None) -> News:
+def ask(engine: Engine, name: str, token: str, told: int = 0) -> News:
     """The next news, which the engine has to have within a while."""
     return wait_for(lambda: engine.poll(name, token, told), f"news of {name}")
 
@@ -127,7 +127,7 @@ def follow(engine: Engine, name: str) -> list[dict[str, Any]]:
     """A client's whole life: all reports."""
     token, heard = engine.join(name), []
     while not heard or heard[-1]["status"] == "running":
-        heard.append(ask(engine, name, token, heard[-1]["step"] if heard else None).values)
+        heard.append(ask(engine, name, token, heard[-1]["step"] if heard else 0).values)
     engine.leave(name, token)
     return heard
 

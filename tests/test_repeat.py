@@ -1,6 +1,7 @@
 """The best of a finished study, trained again: which, how often, and what is claimed of both studies together."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,44 @@ def test_an_unknown_metric_ranks_nothing(first: StudyFolder) -> None:
 
 
 def test_the_first_studys_claim_is_remembered(first: StudyFolder) -> None:
-    earlier = earlier_study(first.path)
+    earlier = earlier_study(first.path, "first-repeat")
     assert (earlier.study_id, earlier.epsilon, earlier.delta) == ("id-first", 12.5, 5e-5)
+
+
+def begin(first: StudyFolder, name: str, own: float, *, spent: float, finished: bool) -> None:
+    """A repetition as it stands in its folder; its own part of ε is `own`."""
+    earlier = earlier_study(first.path, name)
+    folder = StudyFolder(first.path.parent / name)
+    record = first.read_study().model_copy(update={"study_id": f"id-{name}", "name": name, "repeats": earlier})
+    folder.write_study(record, "")
+    statement = replace(trial_statement(own, 1e-5), spent=spent)
+    folder.write_statement(statement.after(earlier.name, earlier.epsilon, earlier.delta, earlier.spent).to_dict())
+    folder.write_outcome(SessionEnd(finished=finished))
+
+
+def test_a_second_repetition_counts_the_first_one_too(first: StudyFolder) -> None:
+    begin(first, "once", 2.0, spent=1.5, finished=True)
+    begin(first, "twice", 3.0, spent=2.5, finished=True)
+    earlier = earlier_study(first.path, "thrice")
+    assert earlier.name == "digits-study with its repetition once, twice"
+    assert earlier.epsilon is not None and 17.5 <= earlier.epsilon < 17.500001
+    assert earlier.delta == pytest.approx(5e-5 + 2e-5)
+    assert earlier.spent == pytest.approx(12.5 + 1.5 + 2.5)
+
+
+def test_a_repetition_that_goes_on_counts_with_all_that_it_may_spend(first: StudyFolder) -> None:
+    begin(first, "once", 2.0, spent=0.5, finished=False)
+    assert earlier_study(first.path, "twice").spent == pytest.approx(12.5 + 2)
+
+
+def test_a_repetition_that_is_gone_on_with_does_not_count_itself(first: StudyFolder) -> None:
+    begin(first, "once", 2.0, spent=0.5, finished=False)
+    assert earlier_study(first.path, "once").epsilon == 12.5
+
+
+def test_what_follows_a_repetition_without_privacy_is_without_privacy(first: StudyFolder) -> None:
+    begin(first, "once", math.inf, spent=math.inf, finished=True)
+    assert earlier_study(first.path, "twice").epsilon == math.inf
 
 
 def test_both_studies_together_cost_the_sum() -> None:

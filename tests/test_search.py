@@ -902,6 +902,36 @@ def test_rungs_survive_the_driver(halving: Driver) -> None:
     assert report(halving, second, 0.5)
 
 
+def test_a_trial_that_was_given_up_is_so_for_the_next_driver_too(halving: Driver) -> None:
+    """The last one died between the decision and the trial's end; the trial tells its last report again."""
+    _, first, second, *_ = halving.suggest_all()
+    report(halving, first, 0.9)
+    assert report(halving, second, 0.5)
+    halving.restart()
+    halving.suggest_all()
+    assert halving.searcher.should_stop(second)
+    halving.end(second)
+    assert halving.state_of(second) == "stopped_early"
+
+
+def test_a_paused_search_starts_nothing_and_leaves_what_is_halfway_to_go_on(driver: Driver) -> None:
+    name = str(driver.suggest())
+    driver.run(name, 0.5, status="running")
+    driver.searcher.pause()
+    driver.end(name)
+    assert (driver.state_of(name), driver.suggest()) == (None, None)
+    driver.restart()
+    assert name in driver.suggest_all()
+
+
+def test_a_trial_that_ends_while_the_search_pauses_has_ended(driver: Driver) -> None:
+    name = str(driver.suggest())
+    driver.run(name, 0.5)
+    driver.searcher.pause()
+    driver.end(name)
+    assert driver.state_of(name) == "completed"
+
+
 def test_a_stopped_trial_costs_what_it_ran_and_is_no_result_to_optuna(halving: Driver) -> None:
     _, first, second, *_ = halving.suggest_all()
     before = halving.ledger.spent()

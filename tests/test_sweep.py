@@ -29,6 +29,7 @@ from dpsink.data import load_dataset
 from dpsink.errors import InputError
 from dpsink.privacy.budget import charged_steps
 from dpsink.privacy.ledger import PrivacyStatement, TrialCost, planned_epsilon
+from dpsink.records import CheckpointState, latest_state
 from dpsink.training import train
 from tune import cli, cluster, schema
 from tune.choice import CHOSEN_BY, select_best
@@ -45,7 +46,7 @@ from tune.trainable import load_same
 
 SLOW = pytest.mark.slow
 TRIALS = ["baseline-control", "trial-0001", "trial-0002"]
-PATIENCE = 120  # seconds after which something that should happen has not
+PATIENCE = 240  # seconds after which something that should happen has not
 
 
 @pytest.fixture(scope="module")
@@ -507,6 +508,8 @@ class Storm:
     shown_after_stop: dict[str, str] = field(default_factory=dict)
     study_after_stop: str = ""
     left_after_stop: list[str] = field(default_factory=list)
+    charged_after_stop: int = 0
+    saved_after_stop: CheckpointState | None = None
 
 
 RUNNER = "trial-0001"  # who is hit each time
@@ -580,6 +583,8 @@ def stop_by_hand(command: Command, storm: Storm) -> None:
     storm.shown_after_stop = statuses(storm.folder)
     storm.study_after_stop = study_status(storm.folder)
     storm.left_after_stop = command.left()
+    storm.charged_after_stop = charged_steps(storm.folder.run(RUNNER) / "ledger")
+    _, storm.saved_after_stop = latest_state(storm.folder.run(RUNNER)) or (None, None)
 
 
 @SLOW
@@ -610,8 +615,16 @@ def test_a_worker_that_was_killed_is_told_of_in_one_line(stormy: Storm) -> None:
 def test_ctrl_c_ends_a_sweep_soon_and_says_how_to_go_on(stormy: Storm) -> None:
     code, seconds, err = stormy.stop
     assert code == 130
-    assert seconds < 20
+    assert seconds < 10
     assert "run the same command again to go on" in err.splitlines()[-1]
+
+
+@SLOW
+def test_ctrl_c_costs_no_step(stormy: Storm) -> None:
+    saved = stormy.saved_after_stop
+    assert saved
+    lost_before = saved.reports[-1].charged - saved.reports[-1].step
+    assert stormy.charged_after_stop - saved.step == lost_before
 
 
 @SLOW

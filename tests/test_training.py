@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dpsink import training
 from dpsink.checkpoint import load_generator
 from dpsink.config import Performance, TrialConfig, load_config
 from dpsink.data import ImageData, load_dataset
@@ -126,6 +127,47 @@ def test_crash_replays_are_charged_again(digits: ImageData, tmp_path: Path) -> N
     last = run(config, digits, folder)[-1]
     # Six of eight steps were reserved and the checkpoint is at four: two are replayed, and not to be had twice.
     assert (last.charged, last.step) == (8, 6)
+
+
+def test_crash_far_from_any_report_loses_only_what_came_after_the_last_minutes_checkpoint(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)  # at every reservation, which is of one step here
+
+    class Crash(ReplayedEntropy):
+        calls = 0
+
+        def random_bytes(self, count: int) -> bytes:
+            self.calls += 1
+            if self.calls > 5 * DRAWS:  # in the sixth step
+                raise OSError("the machine died")
+            return super().random_bytes(count)
+
+    config, folder = small("privacy.step_limit=8", "evaluation.points=1"), tmp_path / "run"
+    with pytest.raises(OSError, match="died"):
+        run(config, digits, folder, entropy=Crash(0))
+    last = run(config, digits, folder)[-1]
+    assert (last.charged, last.step) == (8, 7)
+
+
+def test_checkpoint_between_two_reports_changes_neither_reports_nor_weights(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small("privacy.step_limit=8", "evaluation.points=2")
+    plain = run(config, digits, tmp_path / "plain", entropy=ReplayedEntropy(0))
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    saving = run(config, digits, tmp_path / "saving", entropy=ReplayedEntropy(0))
+    assert [told.metrics for told in saving] == [told.metrics for told in plain]
+    for name, tensor in weights(tmp_path / "plain").items():
+        torch.testing.assert_close(weights(tmp_path / "saving")[name], tensor, rtol=0, atol=0)
+
+
+def test_trial_that_goes_on_tells_its_last_report_again_if_asked_to(digits: ImageData, tmp_path: Path) -> None:
+    config, folder = small("privacy.step_limit=8", "evaluation.points=2"), tmp_path / "run"
+    first = next(train(config, digits, folder))
+    again = list(train(config, digits, folder, tell_again=True))
+    assert [told.step for told in again] == [4, 8]
+    assert again[0] == first
 
 
 def test_charges_never_exceed_the_budget_however_often_it_crashes(digits: ImageData, tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ class Board(_Shown):
         """The latest trials that fit the window; the count, the best so far and the ETA; the ledger."""
         metric = self._shown_metric
         header = "acc" if metric == "accuracy" else metric.removeprefix("accuracy_")
-        made = console.table("trial", "σ", "C", "blur", "B", "n", "lr", "ε", "FID", header, "state")
+        made = console.table("trial", "σ", "C", "blur", "B", "n", "lr", "ε", "FID", header, "variety", "state")
         made.padding = (0, 0, 0, 1)
         made.columns[-1].no_wrap = True
         for row in self._shown_rows(max(6, console.err.height - 6)):
@@ -152,7 +152,7 @@ class Board(_Shown):
         return max(means, key=lambda mean: sign * mean[1], default=None)
 
     def _line(self, row: Row) -> str:
-        shown = ("epsilon", "fid", self._shown_metric, "variety")
+        shown = ("epsilon", "fid", self._shown_metric, "variety", "recall")
         values = "  ".join(f"{name} {console.metric_text(row.values[name])}" for name in shown if name in row.values)
         return f"{row.record.name:<24} {row.state:<10} {values}".rstrip()
 
@@ -173,6 +173,7 @@ def _add_row(made: Table, row: Row, metric: str) -> None:
         str(config.sinkhorn.gen_batch_size),
         f"{config.optimizer.lr:.2g}",
         *(_four_digits(values.get(name)) for name in ("epsilon", "fid", metric)),
+        "–" if "variety" not in values else f"{values['variety']:.2g}",
         Text(row.state.removesuffix("_early"), style=STATE_STYLES.get(row.state, "")),
     )
 

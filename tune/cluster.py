@@ -22,6 +22,7 @@ os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")  # and so are the word
 import ray
 from ray import tune
 from ray.exceptions import RayError
+from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import ConcurrencyLimiter
 
@@ -45,6 +46,7 @@ NODE_LOSSES = 100  # of one trial, on machines that may be taken away at any tim
 NODE_LOST = ("node was terminated", "node has died", "is unavailable", "receives a SIGTERM")
 GROWS = "lower it, or on a cluster that grows set resources.concurrency to what it may grow to"
 LOOK_SECONDS = 5.0  # between two looks at what nodes there are
+STOP_SECONDS = 5.0  # for all trials to stop in
 
 
 class Interrupted(BaseException):
@@ -80,11 +82,15 @@ class Listener(Protocol):
 
 
 class _Relay(tune.Callback):
-    """Passes Tune's events on in our own vocabulary."""
+    """Passes Tune's events on in our own vocabulary, and a person's wish to stop the other way."""
 
-    def __init__(self, listener: Listener, should_stop: Callable[[], bool], place: Path) -> None:
-        self.listener, self.should_stop, self.place = listener, should_stop, place
+    def __init__(
+        self, listener: Listener, should_stop: Callable[[], bool], folder: StudyFolder, searcher: StudySearcher
+    ) -> None:
+        self.listener, self.should_stop, self.folder, self.searcher = listener, should_stop, folder, searcher
         self._losses: Counter[str] = Counter()
+        self._deadline: float | None = None  # of trials that were told to stop
+        self._steps: Counter[str] = Counter()  # of the last reports
 
     def __getstate__(self) -> dict[str, Any]:
         """Ray pickles callbacks into a state of its own, which is never used here."""
@@ -92,11 +98,23 @@ class _Relay(tune.Callback):
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         if self.should_stop():
+            self._stop(trials)
+        require_room(self.folder.path)
+
+    def _stop(self, trials: list[Any]) -> None:
+        """Lets the trials end after their step, with everything durable, as far as a few seconds allow."""
+        if self._deadline is None:
+            self._deadline = time.monotonic() + STOP_SECONDS
+            self.searcher.pause()
+            self.folder.order(stop=True)
+        if time.monotonic() > self._deadline or not any(trial.status == Trial.RUNNING for trial in trials):
             raise Interrupted
-        require_room(self.place)
 
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
-        self.listener.progressed(trial.config["trial"], unpacked(result))
+        name, told = trial.config["trial"], unpacked(result)
+        if told["step"] > self._steps[name]:  # it gets on: what it failed of before is behind it
+            self._steps[name], trial.run_metadata.num_failures = told["step"], 0
+        self.listener.progressed(name, told)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._forgive(trial)
@@ -109,7 +127,7 @@ class _Relay(tune.Callback):
             raise NoRoom(NO_MEMORY)
         if any(os.strerror(number) in reason for number in FULL):
             self.listener.spared(name)
-            raise NoRoom(f"the disk of {self.place} is full ({reason}); make room")
+            raise NoRoom(f"the disk of {self.folder.path} is full ({reason}); make room")
         self.listener.failed(name, reason)
 
     def _forgive(self, trial: Any) -> None:
@@ -168,8 +186,11 @@ def run_on_ray(study: Study, folder: StudyFolder, searcher: StudySearcher, liste
         fitting = _start(study)
         trainable, engines = _trainable(study)
         with console.stop_on_signals() as should_stop, engines:  # after Ray has set handlers of its own
-            relay = _Relay(listener, should_stop, folder.path)
+            folder.order(stop=False)
+            relay = _Relay(listener, should_stop, folder, searcher)
             _tuner(study, folder, searcher, relay, trainable, fitting if ours else None).fit()
+            if should_stop() and searcher.unfinished:  # all that ran have stopped
+                raise Interrupted
     except (tune.TuneError, RayError) as error:
         raise Crashed(NO_MEMORY if _is_memory(error) else _last_words(error)) from None
     finally:

@@ -4,6 +4,7 @@ STUDY/study.yaml              the study file as it was given
 STUDY/study.json              `StudyRecord`
 STUDY/statement.json          the ledger's present statement
 STUDY/floor.json             FID and KID of real images against real ones, once a run was judged
+STUDY/orders.json             what the driver wants of the trials' processes
 STUDY/outcome.json            how the last session ended; absent while one runs, and after a kill
 STUDY/ledger/                 the study's privacy ledger
 STUDY/witness.json            what the ledger has held
@@ -33,6 +34,7 @@ from tune import schema
 WITNESS = "witness.json"
 SELECTION = "selection.json"
 OUTCOME = "outcome.json"
+ORDERS = "orders.json"
 FLOOR = "floor.json"
 
 
@@ -243,6 +245,16 @@ class StudyFolder:
     def selected(self) -> bool:
         """Whether a selection has ended; there is no way back."""
         return (self.path / SELECTION).exists()
+
+    def order(self, *, stop: bool) -> None:
+        """Tells the processes of all trials to stop, or not to. The file is replaced, never removed: that a file is
+        missing is something that a network file system may go on believing for half a minute."""
+        write_atomically(self.path / ORDERS, json.dumps({"stop": stop}))
+
+    def ordered_to_stop(self) -> bool:
+        """What the driver wants."""
+        path = self.path / ORDERS
+        return path.exists() and read_json(path).get("stop") is True
 
     def write_outcome(self, outcome: "SessionEnd | None") -> None:
         """Records how a session ended; None as long as it has not."""

@@ -29,7 +29,6 @@ from tune.study import Study
 TIMED_SECONDS = 2.0  # of steps, for each kind of trial
 TIMED_AT = (0.25, 0.75)  # quantiles of the space
 ENDLESS = 10**9  # steps
-ONE_THREAD = Performance(threads=1)  # as in a study
 
 Range = tuple[float, float]  # least and most over a space
 
@@ -41,7 +40,7 @@ def forecast(study: Study, data_root: Path | None) -> dict[str, Any]:
         InputError: what the preflight of a sweep finds.
     """
     plan = check_study(study, data_root)
-    clock = _Clock(plan)
+    clock = _Clock(plan, study.resources.device)
     inside = [study.configure(_at(study, quantile)) for quantile in TIMED_AT]
     rows = [
         _row(name, study.seeds, [plan.baselines[name]], [study.baseline(name)], clock) for name in study.baselines
@@ -50,6 +49,9 @@ def forecast(study: Study, data_root: Path | None) -> dict[str, Any]:
     concurrency = study.resources.concurrency or max(1, here)
     seconds = _total(rows, concurrency)
     price = study.resources.price_per_hour
+    if price is not None:
+        for row in rows:
+            row["cost"] = [row["trials"] * second / concurrency / 3600 * price for second in row["seconds"]]
     return {
         "study": study.name,
         "data": plan.data.name,
@@ -60,10 +62,11 @@ def forecast(study: Study, data_root: Path | None) -> dict[str, Any]:
         "study_epsilon": plan.terms.worst_case(),
         "delta": plan.delta,
         "policy": study.ledger.policy,
-        "repeats": earlier_study(study.repeats).model_dump() if study.repeats else None,
+        "repeats": earlier_study(study.repeats, study.name).model_dump() if study.repeats else None,
         "concurrency": concurrency,
         "seconds": seconds,
         "cost": None if price is None else [second / 3600 * price for second in seconds],
+        "timed_on": clock.place,
         "may_stop_early": study.scheduler.kind != "none",
         "sealed": study.sealed,
     }
@@ -88,14 +91,16 @@ def print_forecast(document: dict[str, Any]) -> None:
     if document["repeats"] is not None:
         lines.insert(2, _together(document))
     if document["cost"] is not None:
-        lines.append(f"cost:    about {_range_text(document['cost'])}, at resources.price_per_hour")
+        parts = ", ".join(f"{row['name']} {_range_text(row['cost'])}" for row in rows)
+        lines.append(f"cost:    about {_range_text(document['cost'])}, at resources.price_per_hour: {parts}")
     if document["seeds_per_configuration"] > 1:
         lines.append(f"seeds:   {document['seeds_per_configuration']} of each configuration and baseline")
     if document["sealed"]:
         lines.append("trials:  their number is drawn in secret; this is the mean")
     lines += [
-        "         timed on this machine, one trial alone: steps of each baseline and at two points of the space, on",
-        "         random images, and one evaluation; without Ray's start and the last word on the test split",
+        f"         timed on {document['timed_on']}, one trial alone: steps of each baseline and at",
+        "         two points of the space, on random images, and one evaluation; without Ray's start and the last word",
+        "         on the test split",
         "nothing was started or written",
     ]
     for line in lines:
@@ -153,10 +158,17 @@ def _total(rows: Sequence[dict[str, Any]], concurrency: int) -> Range:
 
 
 class _Clock:
-    """Times steps and evaluations of trials on stand-in data; each evaluation's settings once."""
+    """Times steps and evaluations of trials on stand-in data; each evaluation's settings once.
 
-    def __init__(self, plan: StudyPlan) -> None:
+    Args:
+        device: of the study's trials; where there is no GPU, a CPU takes its place, and `place` says so.
+    """
+
+    def __init__(self, plan: StudyPlan, device: str = "cpu") -> None:
         self.data = _random_stand_in(plan.data)
+        here = device == "cpu" or torch.cuda.is_available()
+        self.place = "this machine" if here else "a CPU, for want of a GPU here, which takes less"
+        self._performance = Performance(device=device if here else "cpu", threads=1)  # as in a study
         self._reports: dict[EvaluationConfig, float] = {}
 
     def step_seconds(self, config: TrialConfig) -> float:
@@ -192,7 +204,7 @@ class _Clock:
         )  # fmt: skip
         evaluation = config.evaluation.model_copy(update={"points": 1})
         timed = config.model_copy(update={"privacy": privacy, "evaluation": evaluation})
-        return train(timed, self.data, place, performance=ONE_THREAD, should_stop=should_stop)
+        return train(timed, self.data, place, performance=self._performance, should_stop=should_stop)
 
 
 class _Alarm:

@@ -23,6 +23,7 @@ from tune.folder import StudyFolder
 from tune.space import Distribution, holds, ordered
 from tune.study import Study
 
+STOPPED = "stopped"  # attribute of a configuration that the scheduler has given up
 RERUN = "rerun_of"  # attribute of a configuration that failed and was run again: the number that had failed
 
 
@@ -80,7 +81,17 @@ class SearchMemory:
         if self._frozen(number).state != TrialState.RUNNING or reports[-1].status != RUNNING:
             return False
         self._take_in(number, reports)
-        return self._pruner.prune(self.optuna, self._frozen(number))
+        return self._given_up(number)
+
+    def _given_up(self, number: int) -> bool:
+        """The pruner decides on each rung once, so that its word is kept for a driver that comes after."""
+        trial = self._frozen(number)
+        if STOPPED in trial.user_attrs:
+            return True
+        stopped = self._pruner.prune(self.optuna, trial)
+        if stopped:
+            self.optuna._storage.set_trial_user_attr(trial._trial_id, STOPPED, True)
+        return stopped
 
     def forget_orphans(self, recorded: set[int | None]) -> None:
         """Gives up what a driver proposed that died before it had recorded the trial."""

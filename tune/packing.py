@@ -6,8 +6,8 @@ all of them in one `dpsink.training.Ensemble`. On a CPU the same engine serves a
 
 - A trial that has reported takes no step before its client has asked for more: a scheduler's word comes first.
 - A client holds a lease, which every question renews. When one dies the lease runs out, and the engine stops the trial
-  cleanly; when Tune starts another in its place, that one takes the lease over, and the old one is refused. The one
-  report that the dead client had in hand is told again, since nobody can know whether Tune had it.
+  cleanly; when Tune starts another in its place, that one takes the lease over, and the old one is refused. The last
+  report is then told again, since nobody can know whether Tune had it, and whether its driver lived to decide on it.
 - When an engine dies its clients make a new one, and each trial goes on from its own checkpoint.
 - An engine ends with its study; or by itself, when nobody has held a lease for a while.
 
@@ -34,6 +34,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpsink.errors import InputError
+from tune.folder import StudyFolder
+from tune.orders import Orders
 from tune.wire import packed
 
 if TYPE_CHECKING:
@@ -141,15 +143,18 @@ class _Client:
 
     def __init__(self, config: dict[str, Any], packing: Packing) -> None:
         self.config, self.packing, self.name = config, packing, str(config["trial"])
-        self.told: int | None = None  # step of the last report that Tune has
+        self.told = 0  # step of the last report that Tune has from here
         self.losses = 0  # of engines, since the last report
 
     def run(self) -> None:
-        """Joins, asks and reports until the trial has ended; leaves however it ends."""
+        """Joins, asks and reports until the trial has ended, or is to stop; leaves however it ends."""
+        orders = Orders(StudyFolder(Path(self.config["folder"])))
+        if orders.stop():
+            return
         engine = _find_engine(self.config, self.packing)
         token: Any = ray.get(engine.join.remote(self.name, self.told))
         try:
-            while not self._ask(engine, token):
+            while not (orders.stop() or self._ask(engine, token)):
                 pass
         finally:
             with suppress(RayActorError, GetTimeoutError):
@@ -231,7 +236,7 @@ class _Lease:
     name: str
     token: str
     renewed: float
-    told: int | None  # step of the last report that the first client had handed on; None: it does not know
+    told: int  # step of the last report that the first client had handed on; 0: it has just begun
     run: "TrialRun | None" = None
     news: News | None = None  # told until it is acknowledged
 
@@ -263,11 +268,11 @@ class GpuEngine:
 
     # Calls of clients.
 
-    def join(self, name: str, told: int | None = None) -> str:
+    def join(self, name: str, told: int = 0) -> str:
         """Takes a trial's lease, or takes it over; returns the token to ask with.
 
         Args:
-            told: step of the last report that this client has handed on; None if it has just begun.
+            told: step of the last report that this client has handed on; 0 if it has just begun.
         """
         token = secrets.token_hex(8)
         with self._changed:
@@ -281,7 +286,7 @@ class GpuEngine:
         self._prepare(lease)
         return token
 
-    def poll(self, name: str, token: str, told: int | None = None) -> News | None:
+    def poll(self, name: str, token: str, told: int = 0) -> News | None:
         """Renews the lease, and waits a little for news.
 
         Args:
@@ -332,7 +337,7 @@ class GpuEngine:
         if self._closed:
             raise LeaseLost("the engine was closed together with its study")
 
-    def _acknowledge(self, lease: _Lease, told: int | None) -> None:
+    def _acknowledge(self, lease: _Lease, told: int) -> None:
         news = lease.news
         if news is not None and not news.ended and news.values["step"] == told:
             lease.news = None
@@ -341,7 +346,6 @@ class GpuEngine:
     def _prepare(self, lease: _Lease) -> None:
         """Everything slow about a trial's start, while the others go on; the rest is left to the engine's thread."""
         from dpsink.privacy.plan import derive_plan
-        from tune.folder import StudyFolder
 
         try:
             config = StudyFolder(self.folder).read_trial(lease.name).config
@@ -419,7 +423,6 @@ class GpuEngine:
         """Opens a trial's run folder; in this thread, because it may draw from torch's own generator."""
         from dpsink.config import Performance
         from dpsink.training import Ensemble, TrialRun
-        from tune.folder import StudyFolder
 
         if self._leases.get(lease.name) is not lease:
             return  # its client has left meanwhile
@@ -431,8 +434,8 @@ class GpuEngine:
         except Exception as error:
             return self._fail(lease, error)
         self._seated[lease.run] = lease
-        missed = [report for report in lease.run.reports if lease.told is not None and report.step > lease.told]
-        if missed and not lease.run.ended:  # an engine died between the checkpoint and the word about it
+        missed = [report for report in lease.run.reports if report.step > lease.told]
+        if missed and not lease.run.ended:  # an engine, or a driver, died between the checkpoint and the word about it
             self._tell([(lease.run, missed[-1])])
         else:
             self._go_on(lease)

@@ -4,12 +4,14 @@ What won a search has been lucky too. Trained again, its mean tells what the set
 new study keeps its own ledger, and its statement contains the first one's ε and δ.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dpsink.config import read_yaml, validate
 from dpsink.errors import InputError
+from dpsink.privacy.ledger import PrivacyStatement
 from tune import schema
 from tune.choice import Configuration, configurations
 from tune.folder import Earlier, StudyFolder
@@ -43,24 +45,63 @@ def repetition(study: str, *, top: int, seeds: int, by: str | None = None, name:
     return checked(validate(Study, _tree(first, best, title, seeds), source=source), source)
 
 
-def earlier_study(place: Path) -> Earlier:
-    """What a study claims that another one repeats.
+def earlier_study(place: Path, name: str) -> Earlier:
+    """What was claimed before a repetition: by the study that it repeats, and by other repetitions of that one.
+
+    Args:
+        place: folder of the study that is repeated; its repetitions lie beside it.
+        name: of the repetition itself.
 
     Raises:
-        InputError: its folder is gone, or it has claimed nothing yet.
+        InputError: the folder is gone, or it has claimed nothing yet.
     """
-    folder = StudyFolder(place)
-    record, statement = folder.read_study(), folder.statement()
-    if not statement:
+    first = StudyFolder(place)
+    record = first.read_study()
+    if not first.statement():
         raise InputError(f"repeats={place}: has no privacy statement; give the folder of a finished study")
-    epsilon, delta, spent = (statement[key] for key in ("study_epsilon", "study_delta", "spent"))
+    before = [one for one in _repetitions(first, record.study_id) if one.path.name != name]
+    claims = [_claim(first), *map(_own_claim, before)]
+    epsilons = [epsilon for epsilon, _, _ in claims if epsilon is not None]
     return Earlier(
         study_id=record.study_id,
-        name=record.name,
-        epsilon=None if epsilon is None else float(epsilon),
-        delta=float(delta),
-        spent=float(spent),
+        name=f"{record.name} with its repetition {', '.join(one.path.name for one in before)}"
+        if before
+        else record.name,
+        epsilon=math.fsum(epsilons) if len(epsilons) == len(claims) else None,
+        delta=math.fsum(delta for _, delta, _ in claims),
+        spent=math.fsum(spent for _, _, spent in claims),
     )
+
+
+Claim = tuple[float | None, float, float]  # ε, None for no claim; δ; what was spent
+
+
+def _repetitions(first: StudyFolder, study_id: str) -> list[StudyFolder]:
+    """The repetitions of a study that have been begun."""
+    folders = [StudyFolder(path.parent) for path in sorted(first.path.parent.glob("*/study.json"))]
+    earlier = [(one, one.read_study().repeats) for one in folders]
+    return [one for one, repeats in earlier if repeats is not None and repeats.study_id == study_id]
+
+
+def _claim(folder: StudyFolder) -> Claim:
+    statement = PrivacyStatement.from_dict(folder.statement())
+    return statement.study_epsilon, statement.study_delta, statement.spent
+
+
+def _own_claim(repetition: StudyFolder) -> Claim:
+    """A repetition's part of its statement, which is of it and of what was before; rounded up."""
+    earlier, outcome = repetition.read_study().repeats, repetition.outcome()
+    assert earlier is not None
+    epsilon, delta, spent = _claim(repetition)
+    own = _difference(epsilon, earlier.epsilon)
+    ended = own is None or (outcome is not None and outcome.finished)
+    return own, _difference(delta, earlier.delta) or 0.0, (_difference(spent, earlier.spent) if ended else own) or 0.0
+
+
+def _difference(together: float | None, before: float | None) -> float | None:
+    if together is None or before is None or math.isinf(together):
+        return together if before is not None else None
+    return math.nextafter(together - before, math.inf)
 
 
 def _check_finished(first: StudyFolder) -> None:

@@ -20,7 +20,7 @@ from dpsink.privacy.accounts import SCORES, TRAINING, StudyAccounts, TrialCosts
 from dpsink.privacy.budget import charged_steps
 from dpsink.privacy.ledger import BudgetExhausted
 from dpsink.privacy.plan import derive_plan
-from dpsink.training import LEDGER, SCORE_LEDGER
+from dpsink.training import LEDGER, RUNNING, SCORE_LEDGER
 from tune import schema
 from tune.choice import means
 from tune.folder import StudyFolder, TrialEnd, TrialRecord
@@ -64,6 +64,7 @@ class StudySearcher(Searcher):
         self.names: dict[str, str] = {}  # Ray's trial id to our trial name
         self._searched = accounts.trials or study.configurations  # the number of a selection's trials is secret
         self._running: set[str] = set()
+        self._paused = False
         self._held: TrialRecord | None = None  # decided, and waiting for room in the accounts
         self._lock = threading.Lock()
         self._refuse_losses()
@@ -93,9 +94,9 @@ class StudySearcher(Searcher):
     def suggest(self, trial_id: str) -> Any:
         """Ray's question: a configuration, None for not now, or that there is none left."""
         with self._lock, told_when_full(self.folder.path):
-            record = self._next_record()
+            record = None if self._paused else self._next_record()
         if record is None:
-            return None if self._held else Searcher.FINISHED
+            return None if self._held or self._paused else Searcher.FINISHED
         self.names[trial_id] = record.name
         self._running.add(record.name)
         self.on_change(record.name)
@@ -113,10 +114,19 @@ class StudySearcher(Searcher):
         name = self.names.get(trial_id)
         if name is None:
             return
-        if not error:  # of a failure the session hears too, with the reason, and whose fault it was
+        # Of a failure the session hears too, with the reason, and whose fault it was.
+        if not error and not (self._paused and self._halfway(name)):
             with told_when_full(self.folder.path):
                 self.finish(name, failed=False)
         self._running.discard(name)
+
+    def pause(self) -> None:
+        """Starts no more trials; one that comes back without its last report has only been stopped, to go on later."""
+        self._paused = True
+
+    def _halfway(self, name: str) -> bool:
+        reports = self.folder.reports(name)
+        return not reports or reports[-1].status == RUNNING
 
     def save(self, checkpoint_path: str) -> None:
         """Leaves a word where Ray expects its copy of the searcher: ours is the study folder."""

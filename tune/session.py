@@ -1,6 +1,7 @@
 """One session of a study: the searcher, the board and the tracker around Ray."""
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ log = logging.getLogger("dpsink")
 
 SESSIONS = 3  # how often Ray may fall over as a whole before a person is asked
 READING_SHARE = 0.05  # of the session's time, at most, that goes into reading what was spent
-HURRY, PATIENCE = 3.0, 30.0  # seconds that MLflow may take without progress when a person, or nobody, is waiting
+PATIENCE = 30.0  # seconds that MLflow may take without progress at the end of a study
+HURRY = 3.0  # seconds that it may take while a person waits for the study to stop
 
 
 class Session:
@@ -80,7 +82,7 @@ class Session:
             self.problem = str(full)
         self.tracker.poke()
         state = "completed" if self.finished else "interrupted"
-        self.tracker.close(study=state, patience=HURRY if self.interrupted else PATIENCE)
+        self.tracker.close(study=state, patience=PATIENCE, limit=HURRY if self.interrupted else math.inf)
         return self.folder.statement()
 
     def _write_end(self) -> None:

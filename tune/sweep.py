@@ -159,7 +159,7 @@ def _earlier(study: Study, plan: StudyPlan) -> Earlier | None:
         return None
     if StudyFolder(study.repeats).read_study().data_fingerprint != plan.data.fingerprint:
         raise InputError(f"study {study.name}: the data are not those of {study.repeats}, which it repeats")
-    return earlier_study(study.repeats)
+    return earlier_study(study.repeats, study.name)
 
 
 def _check_same_study(study: Study, folder: StudyFolder, plan: StudyPlan) -> StudyRecord:

@@ -407,6 +407,7 @@ class MLflowTracker:
         *,
         study: schema.State = "interrupted",
         patience: float = 30.0,
+        limit: float = math.inf,
     ) -> bool:
         """Writes what is left and ends the thread.
 
@@ -414,6 +415,7 @@ class MLflowTracker:
             states: of trials that have not ended; those left out are `interrupted`.
             study: state of the study.
             patience: seconds without progress after which the rest is left.
+            limit: seconds after which it is left in any case.
 
         Returns:
             Whether MLflow has everything.
@@ -425,10 +427,10 @@ class MLflowTracker:
         with self._changed:
             self._closing = True
             self._changed.notify()
-        written = -1
-        while self._thread.is_alive() and written < self._written:
+        written, deadline = -1, time.monotonic() + limit
+        while self._thread.is_alive() and written < self._written and time.monotonic() < deadline:
             written = self._written
-            self._thread.join(patience)
+            self._thread.join(min(patience, max(0.0, deadline - time.monotonic())))
         return self._give_up()
 
     def _give_up(self) -> bool:

@@ -13,6 +13,7 @@ from dpsink.privacy.storage import FencedError
 from dpsink.records import Report
 from dpsink.training import read_result, train, use_threads
 from tune.folder import StudyFolder
+from tune.orders import Orders
 from tune.wire import packed
 
 log = logging.getLogger("dpsink")
@@ -37,9 +38,15 @@ def run_trial(config: dict[str, Any], device: str = "cpu") -> None:
     if ended is not None:  # the process died between the last checkpoint and its report
         tune.report(packed(flat(ended)))
         return
+    orders = Orders(folder)
+    if orders.stop():
+        return
     data = load_same(record.config.data, Path(config["data_root"]), config["fingerprint"])
     try:
-        for report in train(record.config, data, run, performance=performance):
+        # A driver that was killed may not have decided on the last report.
+        for report in train(
+            record.config, data, run, performance=performance, should_stop=orders.stop, tell_again=True
+        ):
             tune.report(packed(flat(report)))
     except FencedError as replaced:  # Ray, which gave this process up, no longer listens
         log.warning("%s is another process's by now, and stops here: %s", record.name, replaced)

@@ -1,5 +1,6 @@
 """Generators: shapes and parameter counts of the documented tables, conditioning, spectral norms, stacking."""
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from dpsink.config import TrialConfig, load_config
 from dpsink.data import LabelledImages
 from dpsink.engine import Trial, TrialStack, initial_state
-from dpsink.generators import build_generator
+from dpsink.generators import ConvCond, build_generator
 from dpsink.generators.biggan import SpectralWeight, doublings
 from dpsink.privacy.plan import PrivacyPlan
 from dpsink.stacking import StackedGenerator
@@ -40,14 +41,47 @@ def documented(kind: str) -> str:
     return DOCUMENT.read_text(encoding="utf-8").partition(f"## `{kind}`")[2].partition("\n## ")[0]
 
 
-@pytest.mark.parametrize(
+def number(text: str) -> int:
+    return int(text.replace(",", ""))
+
+
+TABLES = pytest.mark.parametrize(
     ("kind", "shape", "classes"), [("conv_cond", (1, 28, 28), 10), ("cond_biggan", (3, 32, 32), 2)]
 )
+
+
+@TABLES
 def test_parameters_are_those_of_the_documented_table(kind: str, shape: tuple[int, int, int], classes: int) -> None:
     section = documented(kind)
-    rows = [int(number.replace(",", "")) for number in re.findall(r"\| ([\d,]+) \|\n", section)]
-    total = int(re.search(r"([\d,]+) parameters", section)[1].replace(",", ""))  # pyright: ignore[reportOptionalSubscript]
+    rows = [number(text) for text in re.findall(r"\| ([\d,]+) \|\n", section)]
+    total = number(re.search(r"([\d,]+) parameters", section)[1])  # pyright: ignore[reportOptionalSubscript]
     assert count(generator(kind, shape, classes)) == total == sum(rows)
+
+
+def layers_of(made: Any) -> list[nn.Sequential]:
+    """A generator's modules, those of one row of its table together."""
+    if isinstance(made, ConvCond):
+        inner = [made.layers[:2], made.layers[2], made.layers[3:5], made.layers[5], made.layers[6:8], made.layers[8:]]
+    else:
+        inner = [*made.blocks, made.norm, made.image]
+    return [nn.Sequential(row) for row in (made.embedding, made.stem, *inner)]
+
+
+@TABLES
+def test_each_row_of_the_documented_table_is_a_layer(kind: str, shape: tuple[int, int, int], classes: int) -> None:
+    """Its parameters, and the shape that comes out of it; the first maps are unfolded from the linear layer's row."""
+    made = generator(kind, shape, classes)
+    layers, outputs = layers_of(made), []
+    for row in layers:
+        list(row.modules())[-1 if kind == "conv_cond" else 1].register_forward_hook(
+            lambda _module, _inputs, output: outputs.append(tuple(output.shape[1:]))
+        )
+    made(torch.rand(3, latents_of(kind)), torch.arange(3) % classes)
+    rows = re.findall(r"\| B × ([\d× ]+) \| ([\d,]+) \|\n", documented(kind))
+    expected = [tuple(map(int, text.split(" × "))) for text, _ in rows]
+    outputs[1] = (outputs[1][0] // math.prod(expected[1][1:]), *expected[1][1:])
+    assert outputs == expected
+    assert [count(row) for row in layers] == [number(text) for _, text in rows]
 
 
 def test_documented_parts_of_a_block_are_its_parts() -> None:
@@ -57,7 +91,7 @@ def test_documented_parts_of_a_block_are_its_parts() -> None:
     assert f"{count(block):,}" in documented("cond_biggan")
 
 
-@pytest.mark.parametrize("side", [8, 12, 20, 28, 32, 64])
+@pytest.mark.parametrize("side", [4, 8, 12, 20, 28, 32, 64])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_images_have_the_shape_of_the_data_and_lie_within_one(kind: str, channels: int, side: int) -> None:
@@ -66,16 +100,19 @@ def test_images_have_the_shape_of_the_data_and_lie_within_one(kind: str, channel
     assert images.abs().max() <= 1
 
 
-@pytest.mark.parametrize(("side", "expected"), [(32, (4, 3)), (28, (7, 2)), (8, (4, 1)), (12, (3, 2)), (64, (4, 4))])
-def test_biggan_starts_at_four_or_an_odd_side(side: int, expected: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("side", "expected"), [(32, (4, 3)), (28, (7, 2)), (8, (4, 1)), (12, (3, 2)), (64, (4, 4)), (4, (2, 1))]
+)
+def test_biggan_starts_at_four_or_less_or_an_odd_side_and_doubles_it(side: int, expected: tuple[int, int]) -> None:
     assert doublings(side) == expected
 
 
+@pytest.mark.parametrize("side", [4, 8, 12, 28])
 @pytest.mark.parametrize("kind", KINDS)
-def test_label_enters_a_conditional_generator_only(kind: str) -> None:
+def test_label_enters_a_conditional_generator_only(kind: str, side: int) -> None:
     latents = torch.rand(2, latents_of(kind))
     for conditional in (True, False):
-        made = generator(kind, (1, 8, 8), hidden_dim=2, conditional=conditional).eval()
+        made = generator(kind, (1, side, side), hidden_dim=2, conditional=conditional).eval()
         images = [made(latents, torch.full((2,), label)) for label in (0, 1)]
         assert torch.equal(*images) is not conditional
 

@@ -16,7 +16,7 @@ class CondBiggan(nn.Module):
     through the gains and biases of the blocks' batch norms. The layers stand in docs/generators.md.
 
     Args:
-        shape: (C, H, W) of one image; 32 starts at 4×4 with three blocks, 28 at 7×7 with two.
+        shape: (C, H, W) of one image; 32 starts at 4×4 with three blocks, 28 at 7×7 with two, 4 at 2×2 with one.
     """
 
     def __init__(self, config: CondBigganConfig, shape: tuple[int, int, int], num_classes: int) -> None:
@@ -40,8 +40,11 @@ class CondBiggan(nn.Module):
 
 
 def doublings(side: int) -> tuple[int, int]:
-    """The side to start from, and how often it is doubled: down to 4 or less, or to an odd number."""
-    base, count = side, 0
+    """The side to start from, and how often it is doubled: down to 4 or less, or to an odd number.
+
+    Once at least, so that 4×4 images have a block too: the label enters nowhere else.
+    """
+    base, count = side // 2, 1
     while base > 4 and base % 2 == 0:
         base, count = base // 2, count + 1
     return base, count

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # its import takes a second
     import optuna
 
 RESAMPLES = 30
+FEWEST_RESAMPLES = RESAMPLES // 2  # in which the configurations can be told apart
 LARGEST_SAMPLE = 120  # configurations in one resample: fANOVA's time grows faster than they do
 TREES = 16
 FEWEST = 5  # configurations
@@ -30,6 +31,7 @@ BEST_PART = 0.25
 CHANCE = " chance"  # no path has a space
 MATTERS, UNCLEAR, NOISE = "matters", "unclear", "like chance"
 Positions = np.ndarray[tuple[int], np.dtype[np.float64]]
+Shares = dict[str, tuple[float, float]]  # by path: fANOVA's and PED-ANOVA's
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def importance(
         the parameters that were searched under some choices only: `where` looks at one of these.
 
     Raises:
-        InputError: fewer than five configurations, nothing searched, or the metric does not vary.
+        InputError: fewer than five configurations, nothing searched, or the metric does not vary, or only in so few
+            configurations that most resamples are tied.
     """
     rule = parse_rule(by or runs.study.objectives[:1])
     found = ordered(meeting(configurations(runs), where, epsilon), rule)
@@ -89,11 +92,17 @@ def importance(
     losses = losses_of(found, metric)
     searched = dimensions(runs, found)
     _check(runs, losses, searched, metric)
-    drawn = [_resample(searched, losses, np.random.default_rng((seed, turn))) for turn in range(RESAMPLES)]
+    drawn = _drawn(searched, losses, seed)
+    if len(drawn) < FEWEST_RESAMPLES:
+        raise InputError(
+            f"study '{runs.name}': too many configurations have the same {metric}: {RESAMPLES - len(drawn)} of "
+            f"{RESAMPLES} resamples cannot tell them apart; let it go on, or look --by another metric"
+        )
     rows = [_row(dimension, drawn, len(found), len(searched)) for dimension in searched]
     table = pd.DataFrame(rows).sort_values("fanova", ascending=False, kind="stable").reset_index(drop=True)
     partly = {path: choices for path in _searched(runs) if (choices := _choices_of(runs, found, path))}
-    note = " ".join(filter(None, (_note(len(found), len(searched)), *map(_left_out, partly, partly.values()))))
+    notes = (_note(len(found), len(searched)), _tied(len(drawn)), *map(_left_out, partly, partly.values()))
+    note = " ".join(filter(None, notes))
     table.attrs = {"metric": metric, "configurations": len(found), "note": note, "left_out": list(partly)}
     return table
 
@@ -112,8 +121,12 @@ def _note(count: int, parameters: int) -> str:
         return ""
     return (
         f"{count} configurations for {parameters} parameters are few (below {ENOUGH} for each): take this as a hint, "
-        "and let the study go on before fixing anything"
+        "and let the study go on before fixing anything."
     )
+
+
+def _tied(told: int) -> str:
+    return f"{RESAMPLES - told} of {RESAMPLES} resamples are left out: their best are tied." if told < RESAMPLES else ""
 
 
 def _left_out(path: str, choices: str) -> str:
@@ -182,16 +195,24 @@ def _dimension(path: str, values: pd.Series, told: dict[str, Any] | None) -> Dim
 # What Optuna says.
 
 
-def _resample(
-    dimensions: Sequence[Dimension], losses: Positions, rng: np.random.Generator
-) -> dict[str, tuple[float, float]]:
-    """Importances by fANOVA and by PED-ANOVA on one bootstrap sample, the one of chance among them."""
+def _drawn(dimensions: Sequence[Dimension], losses: Positions, seed: int) -> list[Shares]:
+    turns = (_resample(dimensions, losses, np.random.default_rng((seed, turn))) for turn in range(RESAMPLES))
+    return [shares for shares in turns if shares is not None]
+
+
+def _resample(dimensions: Sequence[Dimension], losses: Positions, rng: np.random.Generator) -> Shares | None:
+    """Importances on one bootstrap sample, the one of chance among them; None where it is tied.
+
+    Either no best quarter stands apart from the rest, or what does is in none of fANOVA's trees.
+    """
     import optuna
     from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
 
     random = Dimension(CHANCE, rng.random(len(losses)), 0, 1, False, None, True)
     chosen = rng.integers(len(losses), size=min(len(losses), LARGEST_SAMPLE))
     seed = int(rng.integers(2**31))
+    if np.quantile(losses[chosen], BEST_PART, method="inverted_cdf") == losses[chosen].max():
+        return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study = _study([*dimensions, random], losses, chosen)
@@ -199,7 +220,12 @@ def _resample(
             FanovaImportanceEvaluator(n_trees=TREES, seed=seed),
             PedAnovaImportanceEvaluator(target_quantile=BEST_PART, evaluate_on_local=False),
         )
-        shares = [optuna.importance.get_param_importances(study, evaluator=one) for one in evaluators]
+        try:
+            shares = [optuna.importance.get_param_importances(study, evaluator=one) for one in evaluators]
+        except RuntimeError as error:
+            if "zero total variance" in str(error):
+                return None
+            raise
     return {one.path: (shares[0][one.path], shares[1][one.path]) for one in (*dimensions, random)}
 
 
@@ -231,7 +257,7 @@ def _native(dimension: Dimension, index: int) -> float | int:
 # What it means.
 
 
-def _row(dimension: Dimension, drawn: Sequence[dict[str, tuple[float, float]]], count: int, parameters: int) -> dict:
+def _row(dimension: Dimension, drawn: Sequence[Shares], count: int, parameters: int) -> dict:
     fanova, ped = np.array([turn[dimension.path] for turn in drawn]).T
     random = np.array([turn[CHANCE][0] for turn in drawn])
     chance = float((1 + (random >= np.median(fanova)).sum()) / (1 + len(random)))

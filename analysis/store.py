@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # its import takes seconds
 KNOWN_TABLES = "dc11669786a5"  # alembic's revision of MLflow 3.17
 PAGE = 1000  # runs of one answer of a server
 MOST_NAMES = 500  # in one SQL statement
+ANOTHER = "name another with --tracking-uri"
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,10 @@ def find_runs(uri: str, tag: str, values: Sequence[str]) -> list[StoredRun]:
     """The runs, oldest first, whose tag has one of the values; deleted runs and experiments are left out.
 
     Raises:
-        InputError: MLflow does not answer, or is of another version.
+        InputError: MLflow does not answer, is of another version, or a file is none of its databases.
     """
-    database = _database(uri)
-    if database and _revision(database) == KNOWN_TABLES:
+    database, revision = _database(uri)
+    if database and revision == KNOWN_TABLES:
         with _telling(uri):
             found = _from_tables(database, tag, values)
     else:
@@ -105,12 +106,14 @@ def fetch_history(uri: str, run_id: str, metrics: Sequence[str]) -> dict[str, di
     }
 
 
-def _database(uri: str) -> Path | None:
-    """The sqlite file of a URI; a client would create a missing one."""
+def _database(uri: str) -> tuple[Path, str] | tuple[None, None]:
+    """The sqlite file of a URI and the revision of its tables; a client would make it, or fill a foreign one."""
     database = schema.sqlite_file(uri)
-    if database and not database.exists():
-        raise InputError(f"{database}: no such database; run a study first, or name another with --tracking-uri")
-    return database
+    if database is None:
+        return None, None
+    if not database.exists():
+        raise InputError(f"{database}: no such database; run a study first, or {ANOTHER}")
+    return database, _revision(database)
 
 
 @contextmanager
@@ -153,13 +156,16 @@ def _stored(run: Any) -> StoredRun:
 # From the tables.
 
 
-def _revision(database: Path) -> str | None:
-    """Of a database's tables; None if it has no such note."""
+def _revision(database: Path) -> str:
+    """Of a database's tables; what has no such note is not MLflow's."""
     try:
         with closing(_open(database)) as connection:
-            return connection.execute("select version_num from alembic_version").fetchone()[0]
-    except (sqlite3.Error, TypeError):
-        return None
+            (revision,) = connection.execute("select version_num from alembic_version").fetchone() or (None,)
+    except sqlite3.Error as error:
+        raise InputError(f"{database}: cannot be read as MLflow's ({error}); {ANOTHER}") from None
+    if revision is None:
+        raise InputError(f"{database}: cannot be read as MLflow's (it has no revision); {ANOTHER}")
+    return revision
 
 
 def _open(database: Path) -> sqlite3.Connection:

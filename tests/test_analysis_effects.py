@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 from analysis.charts import importance_figure
 from analysis.effects import MATTERS, NOISE, importance
+from analysis.page import render
 from analysis.runs import Runs, load_runs
 from dpsink.errors import InputError
 from tests.stores import SPACE, large_study, study_run, trial_run, write_runs
@@ -164,3 +167,27 @@ def test_a_metric_that_does_not_vary_is_refused(empty_database: tuple[Path, str]
 def test_a_study_that_searched_nothing_is_refused(empty_database: tuple[Path, str], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no searched parameter has two values"):
         importance(write(empty_database, tmp_path, 6, searched=""))
+
+
+def tied(runs: Runs, apart: int) -> Runs:
+    """All configurations but `apart` have one accuracy; the others are better."""
+    runs.table["accuracy"] = [0.6 + index / 1000 if index < apart else 0.5 for index in range(len(runs.table))]
+    return runs
+
+
+def test_ties_that_leave_nothing_to_tell_apart_are_one_line(empty_database: tuple[Path, str], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"have the same accuracy: \d+ of 30 resamples cannot") as caught:
+        importance(tied(write(empty_database, tmp_path, 12), 1))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")  # Optuna warns where its answer means nothing
+def test_tied_resamples_are_left_out_and_said_to_be(empty_database: tuple[Path, str], tmp_path: Path) -> None:
+    found = importance(tied(write(empty_database, tmp_path, 12), 4))
+    assert re.search(r"\b\d+ of 30 resamples are left out: their best are tied", found.attrs["note"])
+    assert np.isfinite(found["fanova"]).all()
+
+
+def test_a_report_says_that_ties_leave_nothing_to_tell_apart(empty_database: tuple[Path, str], tmp_path: Path) -> None:
+    page = render(tied(write(empty_database, tmp_path, 12), 1))
+    assert "Note: study 'choices': too many configurations have the same accuracy" in html.unescape(page)

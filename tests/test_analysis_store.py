@@ -15,6 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from analysis import store
+from analysis.registry import fetch_model
 from analysis.runs import NUMBERS, TEXTS, Runs, load_runs
 from analysis.store import find_runs
 from dpsink.errors import InputError
@@ -115,11 +116,28 @@ def test_a_store_of_a_later_mlflow_is_told_in_one_line(written: Written) -> None
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_no_database_is_told_in_one_line(tmp_path: Path) -> None:
-    (tmp_path / "mlflow.db").write_text("no database\n" * 100)
-    with pytest.raises(InputError, match="cannot be read") as caught:
-        load_runs("few", f"sqlite:///{tmp_path}/mlflow.db")
+def foreign(place: Path, kind: str) -> Path:
+    """A file that is not MLflow's: no database, an empty one, another's, and one whose note is empty."""
+    tables = {"another's": "create table mine (x)", "no revision": "create table alembic_version (version_num)"}
+    if kind in tables:
+        with closing(sqlite3.connect(place)) as connection, connection:
+            connection.execute(tables[kind])
+    else:
+        place.write_text("no database\n" * 100 if kind == "text" else "")
+    return place
+
+
+@pytest.mark.parametrize("kind", ["text", "empty", "another's", "no revision"])
+@pytest.mark.parametrize("ask", ["runs", "model"])
+def test_a_file_that_is_not_mlflow_s_is_told_in_one_line_and_stays_as_it_is(
+    ask: str, kind: str, tmp_path: Path
+) -> None:
+    file = foreign(tmp_path / "mine.db", kind)
+    before, uri = file.read_bytes(), f"sqlite:///{file}"
+    with pytest.raises(InputError, match=r"mine\.db: cannot be read as MLflow's \(") as caught:
+        load_runs("few", uri) if ask == "runs" else fetch_model("models:/a@b", tmp_path / "out", tracking_uri=uri)
     assert "\n" not in str(caught.value)
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
 
 
 def test_studies_of_different_data_are_not_compared(written: Written) -> None:

@@ -1,9 +1,12 @@
 """Cluster files: Ray's and KubeRay's own schemas take them, and they keep secrets and ports to themselves."""
 
+import configparser
 import copy
 import gzip
 import json
 import re
+import shlex
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +16,14 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from experiments.clusters.firewall import PORTS, members, rules
+from tests.test_readme import blocks, parsed
+
 ROOT = Path(__file__).parent.parent
 CLUSTERS = ROOT / "experiments" / "clusters"
 LAUNCHED = ("onprem", "aws", "gcp")
+GUIDE = ROOT / "docs" / "cluster.md"
+IMAGED = ("aws", "gcp")
 RAYJOB = ROOT / "tests" / "data" / "rayjob-v1.schema.json.gz"
 
 
@@ -41,6 +49,37 @@ def unknown(document: Any, schema: dict[str, Any], place: str = "") -> Iterator[
     elif isinstance(document, list):
         for value in document:
             yield from unknown(value, schema.get("items", {}), place)
+
+
+def commands() -> list[str]:
+    """All commands of the guide, without their comments; what stands behind `&&` is one of its own."""
+    lines = [line.partition("  #")[0].split("&&") for block in blocks(GUIDE, "") for line in block.splitlines()]
+    return [one.strip().removesuffix("&").strip() for line in lines for one in line if one.strip()]
+
+
+def words(program: str) -> list[list[str]]:
+    """Words of each of the guide's commands of a program; redirections are no words."""
+    split = [shlex.split(re.sub(r"> \S+", "", line)) for line in commands()]
+    return [line for line in split if line[0] == program]
+
+
+def inner(line: list[str]) -> list[str]:
+    """The command that a command of Ray's runs on the cluster; empty where it runs none."""
+    if line[1] == "exec":
+        return shlex.split(line[3])
+    return line[line.index("--") + 1 :] if "--" in line else []
+
+
+def parsed_by_ray(line: list[str]) -> Any:
+    """The context of a command line of Ray's, as it makes it before it runs anything."""
+    with warnings.catch_warnings(action="ignore"):  # of Ray's own parts that are of no matter here
+        from ray.scripts.scripts import cli
+    command: Any = cli
+    context, rest = command.make_context("ray", line[1:]), line[1:]
+    while hasattr(command, "resolve_command"):
+        name, command, rest = command.resolve_command(context, rest)
+        context = command.make_context(name, rest, parent=context)
+    return context
 
 
 def problems(job: dict[str, Any]) -> list[str]:
@@ -81,7 +120,7 @@ def test_every_node_asks_for_the_token_and_no_file_holds_it(name: str) -> None:
     text = (CLUSTERS / f"{name}.yaml").read_text(encoding="utf-8")
     assert "RAY_AUTH_MODE=token" in text
     assert load(name)["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
-    assert not re.search(r"[0-9a-f]{32}|RAY_AUTH_TOKEN=|password", text, re.IGNORECASE)
+    assert not re.search(r"[0-9a-f]{32}|RAY_AUTH_TOKEN=|password[:=]", text, re.IGNORECASE)
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
@@ -92,29 +131,199 @@ def test_dashboard_and_mlflow_answer_on_the_loopback_only(name: str) -> None:
     assert "0.0.0.0" not in commands
 
 
-def test_pods_ask_for_the_token_and_are_reached_by_each_other_and_the_operator_only() -> None:
-    job, policy = manifest()
-    cluster = job["spec"]["rayClusterSpec"]
-    assert cluster["authOptions"] == {"mode": "token"}
-    mlflow = cluster["headGroupSpec"]["template"]["spec"]["containers"][1]
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_head_is_ready_when_mlflow_answers(name: str) -> None:
+    ray, mlflow, wait = load(name)["head_start_ray_commands"][1:]
+    assert ray.startswith("ray start --head") and mlflow.endswith("&")
+    assert "pgrep -n gcs_server" in mlflow  # that it ends with Ray, the rehearsal shows
+    assert wait.startswith("timeout ") and "http://127.0.0.1:5000/health" in wait
+
+
+def test_firewall_admits_the_machines_of_the_yaml_and_no_other() -> None:
+    provider = load("onprem")["provider"]
+    assert members((CLUSTERS / "onprem.yaml").read_text(encoding="utf-8")) == [
+        provider["head_ip"], *provider["worker_ips"]
+    ]  # fmt: skip
+    told = rules(["192.0.2.10", "192.0.2.11"])
+    assert re.findall(r"saddr .*", told) == ["saddr { 192.0.2.10, 192.0.2.11 } accept"]
+
+
+def started(command: str) -> dict[str, int]:
+    """Ports that a command of `ray start` names."""
+    return {name: int(port) for name, port in re.findall(r"--([a-z-]*port)=(\d+)", command)}
+
+
+@pytest.mark.parametrize("place", ["head_start_ray_commands", "worker_start_ray_commands"])
+def test_every_port_that_ray_opens_on_own_machines_is_behind_the_firewall(place: str) -> None:
+    ports = started(load("onprem")[place][1])
+    ports.pop("port", None)
+    assert ports.keys() == {
+        "node-manager-port", "object-manager-port", "runtime-env-agent-port", "dashboard-agent-listen-port",
+        "dashboard-agent-grpc-port", "metrics-export-port", "min-worker-port", "max-worker-port",
+    }  # fmt: skip
+    assert "10001-19999" in PORTS.split(", ")
+    assert all(10001 <= port <= 19999 for port in ports.values())
+    assert len(set(ports.values())) == len(ports)
+
+
+def test_own_machines_call_the_firewall_with_their_own_yaml() -> None:
+    config = load("onprem")
+    assert "sudo ~/dpsink/bin/python ~/members/firewall.py ~/members/cluster.yaml" in config["setup_commands"]
+    assert config["file_mounts"]["~/members/cluster.yaml"] == "experiments/clusters/onprem.yaml"
+    assert (ROOT / config["file_mounts"]["~/members/firewall.py"]).is_file()
+
+
+def test_wheel_of_the_same_version_is_installed_again() -> None:
+    commands = load("onprem")["setup_commands"]
+    assert any("--force-reinstall --no-deps ~/wheels/dpsink-" in line for line in commands)
+
+
+def test_aws_has_rays_own_security_group() -> None:
+    """Which admits ssh, and its own members: one of ours could only open more."""
+    config = load("aws")
+    assert "security_group" not in config["provider"]
+    assert all("SecurityGroupIds" not in kind["node_config"] for kind in config["available_node_types"].values())
+
+
+def test_google_cloud_has_a_network_of_its_own_whose_firewall_goes_by_a_tag() -> None:
+    kinds = [kind["node_config"] for kind in load("gcp")["available_node_types"].values()]
+    assert all(kind["tags"] == {"items": ["dpsink"]} for kind in kinds)
+    assert all(one["subnetwork"].endswith("/subnetworks/dpsink") for kind in kinds for one in kind["networkInterfaces"])
+    made = [line for line in commands() if "firewall-rules create" in line]
+    assert len(made) == 2 and all("--network dpsink" in line for line in made)
+    ssh, inside = made
+    assert "--allow tcp:22" in ssh
+    assert "--source-tags dpsink --target-tags dpsink" in inside
+
+
+def templates() -> list[dict[str, Any]]:
+    """The pods of the manifest: the head's, the workers'."""
+    cluster = manifest()[0]["spec"]["rayClusterSpec"]
+    return [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+
+
+def test_pods_ask_for_the_token() -> None:
+    assert manifest()[0]["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+
+
+def test_network_policy_closes_every_pod_of_the_job() -> None:
+    policy = manifest()[1]["spec"]
+    chosen = policy["podSelector"]["matchLabels"]
+    assert chosen and policy["policyTypes"] == ["Ingress"]
+    assert all(chosen.items() <= template["metadata"]["labels"].items() for template in templates())
+
+
+def test_network_policy_admits_the_pods_of_the_job_and_the_operator_to_the_dashboard() -> None:
+    policy = manifest()[1]["spec"]
+    inside, operator = policy["ingress"]
+    assert inside == {"from": [{"podSelector": policy["podSelector"]}]}
+    assert [port["port"] for port in operator["ports"]] == [8265]
+    [source] = operator["from"]
+    assert source["namespaceSelector"]["matchLabels"] and source["podSelector"]["matchLabels"]
+
+
+def test_pods_of_ray_start_when_mlflow_answers_on_the_loopback() -> None:
+    head, worker = templates()
+    [mlflow] = head["spec"]["initContainers"]
+    assert mlflow["restartPolicy"] == "Always"  # a sidecar: it goes on beside what starts after it
     assert "--host=127.0.0.1" in mlflow["command"]
-    [rule] = policy["spec"]["ingress"]
-    assert policy["spec"]["policyTypes"] == ["Ingress"]
-    assert all("podSelector" in source and "ipBlock" not in source for source in rule["from"])
+    assert mlflow["startupProbe"]["exec"]["command"][-1] == "http://127.0.0.1:5000/health"
+    assert "initContainers" not in worker["spec"]
 
 
-@pytest.mark.parametrize("name", ("aws", "gcp"))
+@pytest.mark.parametrize("name", IMAGED)
 def test_clouds_grow_from_no_gpu_and_train_nothing_on_the_head(name: str) -> None:
     config = load(name)
     gpu = config["available_node_types"]["gpu"]
     assert gpu["min_workers"] == 0 < gpu["max_workers"] == config["max_workers"]
     assert gpu["resources"]["GPU"] == 1
-    assert "--num-cpus=0" in config["head_start_ray_commands"][-1]
+    assert "--num-cpus=0" in config["head_start_ray_commands"][1]
 
 
 def test_all_files_pin_the_version_that_this_is() -> None:
     version = re.search(r"^version = (\S+)$", (ROOT / "setup.cfg").read_text(encoding="utf-8"), re.MULTILINE)
     assert version
-    for path in CLUSTERS.glob("*.yaml"):
+    for path in map(CLUSTERS.joinpath, ("onprem.yaml", "aws.yaml", "gcp.yaml", "kuberay.yaml")):
         named = re.findall(r"dpsink[:-](\d[\w.]*?)(?:-py3|\s)", path.read_text(encoding="utf-8"))
         assert set(named) == {version[1]}, path
+
+
+def test_guide_leads_to_every_kind_of_cluster_from_nothing_to_its_end() -> None:
+    """Keeps the tests below honest: the guide's commands are found."""
+    ray = [line[1:3] for line in words("ray")]
+    for name in LAUNCHED:
+        path = f"experiments/clusters/{name}.yaml"
+        assert (["up", path] in ray and ["down", path] in ray) or name == "gcp"  # where it says: as on AWS
+    assert ["kubectl", "create", "-f", "experiments/clusters/kuberay.yaml"] in words("kubectl")
+    assert [inner(line)[:2] for line in words("ray") if line[1] == "job"] == [["dpsink-tune", "sweep"]] * 2
+
+
+@pytest.mark.parametrize("line", words("ray"), ids=" ".join)
+def test_guides_command_is_one_of_rays(line: list[str]) -> None:
+    assert parsed_by_ray(line)
+
+
+def test_parser_of_these_tests_refuses_what_ray_does_not_have() -> None:
+    for line in (["ray", "launch", "x.yaml"], ["ray", "up", "--fast", "x.yaml"]):
+        with pytest.raises(Exception, match=r"launch|--fast"):
+            parsed_by_ray(line)
+
+
+@pytest.mark.parametrize("line", [one for line in words("ray") if (one := inner(line))], ids=" ".join)
+def test_guides_command_on_the_cluster_is_one_of_ours(line: list[str]) -> None:
+    assert parsed(line).params
+
+
+def test_guide_names_files_that_exist() -> None:
+    named = re.findall(r"(?:experiments|docs)/[\w./-]+\w", " ".join(commands()))
+    assert set(named) >= {f"experiments/clusters/{name}.yaml" for name in ("onprem", "aws", "kuberay")}
+    assert all((ROOT / name).is_file() for name in named)
+
+
+def test_what_the_guide_says_to_fill_in_stands_in_the_files() -> None:
+    text = GUIDE.read_text(encoding="utf-8")
+    blanks = {"aws": ("REGISTRY", "FILESYSTEM", "IMAGE"), "gcp": ("REGISTRY", "PROJECT", "FILESTORE")}
+    blanks |= {"kuberay": ("REGISTRY",), "kuberay-storage": ("SERVER",)}
+    for name, words in blanks.items():
+        file = (CLUSTERS / f"{name}.yaml").read_text(encoding="utf-8")
+        code = "\n".join(line.partition("# ")[0] for line in file.splitlines())
+        assert set(re.findall(r"\b[A-Z]{5,}\b", code)) - {"TERMINATE", "PERSISTENT", "HEAD", "NAT", "MLFLOW"} == set(
+            words
+        )
+        assert all(word in text for word in words)
+
+
+def test_claim_of_the_pods_is_the_one_that_the_guide_makes() -> None:
+    volume, claim = yaml.safe_load_all((CLUSTERS / "kuberay-storage.yaml").read_text(encoding="utf-8"))
+    made = {"persistentVolumeClaim": claim["metadata"]["name"], "secret": "dpsink", "configMap": "dpsink"}
+    keys = {"persistentVolumeClaim": "claimName", "secret": "secretName", "configMap": "name"}
+    for template in templates():
+        mounted = {
+            kind: one[kind][key] for one in template["spec"]["volumes"] for kind, key in keys.items() if kind in one
+        }
+        assert mounted == made
+    assert claim["spec"]["volumeName"] == volume["metadata"]["name"]
+    assert {"lookupcache=positive", "actimeo=0"} <= set(volume["spec"]["mountOptions"])
+
+
+def test_every_folder_that_nodes_share_is_seen_at_once() -> None:
+    for name in IMAGED:
+        [mount] = [line for line in load(name)["initialization_commands"] if "mount -t" in line]
+        assert "nfsvers=4.1" in mount and "lookupcache=positive,actimeo=0" in mount
+
+
+def test_image_has_what_rays_launcher_and_an_autoscaling_head_call() -> None:
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    installed = re.findall(r"no-install-recommends ([^\\&]*)", text)[0].split()
+    assert set(installed) >= {"curl", "openssh-client", "procps", "rsync", "wget"}
+    assert '".[clouds]"' in text
+    extras = configparser.ConfigParser()
+    extras.read(ROOT / "setup.cfg")
+    clouds = extras["options.extras_require"]["clouds"]
+    assert "boto3" in clouds and "google-api-python-client" in clouds
+
+
+def test_image_asks_the_nvidia_runtime_for_the_nodes_gpus() -> None:
+    """Ray's launcher starts it under that runtime, which shows none to an image that does not ask."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert "NVIDIA_VISIBLE_DEVICES=all" in text and "NVIDIA_DRIVER_CAPABILITIES=compute,utility" in text

@@ -2,7 +2,8 @@
 
 Three hosts in namespaces, each with its own address, ssh server, home, /tmp and /dev/shm, and one shared folder; the
 committed on-prem YAML through the real `ray up`; `dpsink-tune check`; a study through `ray job submit`, during which
-one worker is cut off and comes back, the raylet of another is killed, and a new one joins; `ray down`.
+one worker is cut off and comes back, the raylet of another is killed, and a new one joins; a stranger on the network
+knocks at all ports; `ray down`.
 
 Nothing outside of the namespaces is touched but the folder of the results, and Debian's packages where some are
 missing.
@@ -38,12 +39,14 @@ from experiments.clusters.rehearsal.desk import (
     wait_for,
     write_yaml,
 )  # fmt: skip
-from experiments.clusters.rehearsal.faults import Faults
+from experiments.clusters.rehearsal.faults import PATIENCE, Faults
 from experiments.clusters.rehearsal.hosts import SHARED, Host, Lab, enter, programs
 from experiments.clusters.rehearsal.ledger import Trials, as_json, mlflow_runs
+from experiments.clusters.rehearsal.ports import who_reaches
 
 PROGRAMS = {
     "sshd": "openssh-server", "ssh": "openssh-client", "rsync": "rsync", "ip": "iproute2", "curl": "curl",
+    "nft": "nftables",
 }  # fmt: skip
 STUDY_SECONDS = 300.0
 
@@ -118,9 +121,13 @@ def play(hosts: list[Host]) -> dict[str, Any]:
         job = submit(stack)
         trials = Trials(SHARED / "studies" / "rehearsal")
         faults = Faults(lab, head, watch, trials)
+        say("a stranger on the network knocks at every port")
+        stranger = lab.start("stranger", 99)
+        wait_for("a trial", lambda: trials.running_on(workers[0].name), PATIENCE)
+        reached = [who_reaches(head, workers[0], stranger), who_reaches(workers[0], head, stranger)]
         faults.cut(workers[0])
         faults.kill_raylet(workers[1])
-        hosts.append(faults.replace("worker-3", 13))
+        hosts.append(faults.replace("worker-3", 13, workers))
         say("waiting for the study's end")
         wait_for("the study's end", lambda: job.poll() is not None, STUDY_SECONDS)
     end, problems = trials.standing(), trials.problems()
@@ -134,9 +141,11 @@ def play(hosts: list[Host]) -> dict[str, Any]:
     do("ray", "down", "-y", str(YAML))
     wait_for("the last Ray process's end", lambda: not any(map(ray_processes, hosts)), 90)
     down = round(time.monotonic() - down, 1)
+    wait_for("MLflow's end", lambda: not head.processes("mlflow"), 30)
     return {
         "check": [line.strip() for line in checked.splitlines() if line.startswith(("ok ", "problem "))],
         "faults": [report.plain(fault) for fault in faults.done],
+        "ports": reached,
         "end": as_json(end),
         "trials": trials.document(),
         "mlflow": runs,

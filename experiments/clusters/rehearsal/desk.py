@@ -20,6 +20,7 @@ YAML = HOME / "onprem.yaml"
 STUDY = Path(__file__).with_name("study.yaml")
 DASHBOARD = "http://127.0.0.1:8265"
 LOG = HOME / "log"
+SSH = ("ssh", "-i", str(KEYS / "person"), "-o", "StrictHostKeyChecking=no")
 SMALL = "--object-store-memory=100000000 --disable-usage-stats"
 # A machine that does not answer counts as lost after a few seconds; by default it is after half a minute.
 QUICK = {"initial_delay_ms": 2000, "period_ms": 1000, "timeout_ms": 2000, "failure_threshold": 3}
@@ -61,27 +62,34 @@ def say(text: str) -> None:
 def write_yaml(head: str, workers: list[str]) -> None:
     """The on-prem YAML as it is committed, with these machines in it, and what is theirs alone.
 
-    The package is not installed from a wheel but seen where it is; each worker has one CPU, and the head none;
-    lost nodes are noticed soon.
+    The package is not installed from a wheel but seen where it is, by root, who needs no sudo; each worker has one CPU,
+    and the head none; lost nodes are noticed soon.
     """
     text = (PROJECT / "experiments/clusters/onprem.yaml").read_text(encoding="utf-8")
     config = yaml.safe_load(text.replace("/shared", str(SHARED)).replace("ray start ", f"ray start {SMALL} "))
-    _add_cpus(config["head_start_ray_commands"], 0)  # two cores are all there is
-    _add_cpus(config["worker_start_ray_commands"], 1)
+    _add_cpus(config, "head_start_ray_commands", 0)  # two cores are all there is
+    _add_cpus(config, "worker_start_ray_commands", 1)
     config["provider"] |= {"head_ip": head, "worker_ips": workers}
     config["auth"] = {"ssh_user": "root", "ssh_private_key": str(KEYS / "person")}
-    config["file_mounts"] = {place: mine for place, mine in config["file_mounts"].items() if ".whl" not in place}
+    mine = {"experiments/clusters/onprem.yaml": str(YAML)}
+    config["file_mounts"] = {
+        there: mine.get(here, str(PROJECT / here) if here.startswith("experiments") else here)
+        for there, here in config["file_mounts"].items()
+        if ".whl" not in there
+    }
     ours = {"PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
     ours["RAY_gcs_rpc_server_reconnect_timeout_s"] = "20"  # that a node goes on without its head; by default 60
     ours |= {f"RAY_health_check_{name}": str(value) for name, value in QUICK.items()}
     exports = " ".join(f"{name}={value}" for name, value in ours.items())
     seen = [f"ln -sfn {BIN.parent} ~/dpsink", f"grep -q PYTHONPATH ~/.bashrc || echo 'export {exports}' >> ~/.bashrc"]
-    config["setup_commands"] = seen + [line for line in config["setup_commands"] if "~/dpsink/bin/" not in line]
+    installed = ("venv", "pip install", "apt-get")
+    setup = [line.replace("sudo ", "") for line in config["setup_commands"] if not any(w in line for w in installed)]
+    config["setup_commands"] = seen + setup
     YAML.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
-def _add_cpus(commands: list[str], cpus: int) -> None:
-    commands[-1] = commands[-1].replace("ray start ", f"ray start --num-cpus={cpus} ")
+def _add_cpus(config: dict[str, Any], place: str, cpus: int) -> None:
+    config[place] = [line.replace("ray start ", f"ray start --num-cpus={cpus} ") for line in config[place]]
 
 
 def do(*words: str, patience: float = 180) -> str:
@@ -104,16 +112,29 @@ def do(*words: str, patience: float = 180) -> str:
     return done.stdout
 
 
-def prepare(address: str, head: str) -> None:
-    """Makes a machine a worker of the cluster, as `ray up` does it: its files, its setup, its start."""
+def add(address: str, members: list[str]) -> None:
+    """Makes a machine a worker of a running cluster, as docs/cluster.md tells a person: it is written into the YAML,
+    let in by all others, and goes through `ray up`'s files, setup and start."""
+    head, *workers = members
+    write_yaml(head, [*workers, address])
     config = yaml.safe_load(YAML.read_text(encoding="utf-8"))
-    ssh = ["ssh", "-i", str(KEYS / "person"), "-o", "StrictHostKeyChecking=no"]
+    [admit] = [line for line in config["setup_commands"] if "firewall.py" in line]
+    for member in members:
+        _copy(YAML, member, "members/cluster.yaml")
+        _at(member, admit)
     for there, here in config["file_mounts"].items():
-        path = there.replace("~/", "")
-        do(*ssh, f"root@{address}", f"mkdir -p {os.path.dirname(path)}")
-        do("rsync", "--rsh", " ".join(ssh), str(Path(here).expanduser()), f"root@{address}:{path}")
+        _copy(Path(here).expanduser(), address, there.replace("~/", ""))
     for line in (*config["setup_commands"], *config["worker_start_ray_commands"]):
-        do(*ssh, f"root@{address}", f"export RAY_HEAD_IP={head}; test ! -f .bashrc || source .bashrc; {line}")
+        _at(address, f"export RAY_HEAD_IP={head}; {line}")
+
+
+def _copy(path: Path, address: str, place: str) -> None:
+    _at(address, f"mkdir -p {os.path.dirname(place)}")
+    do("rsync", "--rsh", " ".join(SSH), str(path), f"root@{address}:{place}")
+
+
+def _at(address: str, line: str) -> None:
+    do(*SSH, f"root@{address}", f"test ! -f .bashrc || source .bashrc; {line}")
 
 
 class Watch:

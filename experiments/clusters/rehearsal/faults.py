@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from experiments.clusters.rehearsal.desk import Watch, prepare, say, wait_for
+from experiments.clusters.rehearsal.desk import Watch, add, say, wait_for
 from experiments.clusters.rehearsal.hosts import Host, Lab
 from experiments.clusters.rehearsal.ledger import Standing, Trials
 
@@ -31,6 +31,7 @@ class Faults:
     def __init__(self, lab: Lab, head: Host, watch: Watch, trials: Trials) -> None:
         self.lab, self.head, self.watch, self.trials = lab, head, watch, trials
         self.done: list[Fault] = []
+        self._entries: dict[str, str] = {}  # of all ledgers, before the fault
         self._started = 0.0
         self._orphan = ("", 0)  # a trial that lost its node, and how often it had been opened by then
 
@@ -61,11 +62,11 @@ class Faults:
         self._when("noticed", lambda: host.name not in self.watch.alive)
         self._end()
 
-    def replace(self, name: str, number: int) -> Host:
+    def replace(self, name: str, number: int, others: list[Host]) -> Host:
         """A new machine joins, as a person adds one: by the YAML's own commands, over ssh."""
         self._begin(f"{name} joins", None, None)
         host = self.lab.start(name, number)
-        prepare(host.address, self.head.address)
+        add(host.address, [other.address for other in (self.head, *others)])
         self._when("a node of the cluster", lambda: name in self.watch.alive)
         orphan, attempt = self._orphan
         self._when(f"{orphan} resumed", lambda: self.trials.attempts(orphan) > attempt)
@@ -91,6 +92,7 @@ class Faults:
 
     def _begin(self, what: str, host: Host | None, name: str | None) -> None:
         say(what)
+        self._entries = self.trials.entries()
         self.done.append(Fault(what, self.trials.standing()))
         self.done[-1].facts |= {"host": host.name, "trial": name} if host else {}
         self._started = time.monotonic()
@@ -102,3 +104,6 @@ class Faults:
 
     def _end(self) -> None:
         self.done[-1].after = self.trials.standing()
+        now = self.trials.entries()
+        lost = sorted(place for place, content in self._entries.items() if now.get(place) != content)
+        self.done[-1].facts["entries lost or changed"] = lost

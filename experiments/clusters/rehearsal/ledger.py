@@ -4,6 +4,7 @@ import json
 import sqlite3
 from collections import Counter
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from pathlib import Path
 
 from dpsink.privacy.budget import charged_steps
@@ -53,6 +54,12 @@ class Trials:
         """Names of what a trial's ledger holds: all, or what an attempt has written."""
         names = {path.name for path in self.ledger(name).glob("0*.json")}
         return {one for one in names if attempt is None or one.startswith(f"{attempt:06d}")}
+
+    def entries(self) -> dict[str, str]:
+        """The entries of all ledgers, the study's own too: each one's place and its digest."""
+        folders = [self.folder.ledger, *map(self.ledger, self.names())]
+        paths = [path for folder in folders for path in folder.rglob("*.json") if not path.name.startswith(".")]
+        return {str(path.relative_to(self.folder.path)): sha256(path.read_bytes()).hexdigest() for path in paths}
 
     def attempts(self, name: str) -> int:
         """How often a trial's ledger was opened."""

@@ -141,14 +141,14 @@ def track(
     """Rebuild a study's runs in MLflow from its folder; safe to repeat."""
     from tune.folder import StudyFolder
     from tune.lock import only_one
-    from tune.schema import shown_uri
+    from tune.schema import shown_uri, told_when_lost
     from tune.tracking import rebuild
 
     console.set_up_logging(log_level)
     folder = StudyFolder(study_folder)
     record = folder.read_study()
     uri = tracking_uri or record.tracking_uri
-    with only_one(folder):  # a sweep at work writes the runs itself
+    with only_one(folder), told_when_lost(uri):  # a sweep at work writes the runs itself
         rebuild(folder, uri, unfinished="interrupted")
     console.out.print(f"{len(folder.trials())} trials of {record.name} are in {shown_uri(uri)}", markup=False)
 

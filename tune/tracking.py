@@ -69,11 +69,9 @@ def check_tracking(uri: str) -> None:
         with _answer_within(CHECK_SECONDS):
             connect(uri).search_experiments(max_results=1)
     except Exception as error:
-        reason = schema.mlflow_reason(error, uri)
-        raise InputError(
-            f"tracking URI {schema.shown_uri(uri)} does not answer: {reason}; start the MLflow server, or name "
-            "another in tracking.uri or MLFLOW_TRACKING_URI"
-        ) from None
+        another = "start the MLflow server, or name another in tracking.uri or MLFLOW_TRACKING_URI"
+        reason, advice = schema.mlflow_reason(error, uri), schema.mlflow_advice(error, another)
+        raise InputError(f"tracking URI {schema.shown_uri(uri)} does not answer: {reason}; {advice}") from None
 
 
 def connect(uri: str) -> "MlflowClient":

@@ -8,14 +8,17 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from dpsink import console
 from dpsink.errors import InputError
 from tune import links, schema
-from tune.folder import StudyFolder
+from tune.folder import StudyFolder, StudyRecord
+
+if TYPE_CHECKING:  # its import takes seconds
+    from mlflow.entities import Experiment, Run
 
 PATIENCE = 120.0  # seconds that the server may take to answer; 13 are usual
 GRACE = 5.0  # seconds that it may take to end
@@ -48,26 +51,34 @@ def study_links(folder: StudyFolder, server: str, uri: str) -> dict[str, str]:
     """Links to a study's runs, as a table and as charts, and to the best of its search side by side.
 
     Raises:
-        InputError: MLflow knows no run of the study, or has no view of it.
+        InputError: MLflow does not answer, knows no run of the study, or has no view of it.
     """
-    from tune.tracking import connect
-
     record = folder.read_study()
-    metric, client = record.objectives[0], connect(uri)
-    experiment = client.get_experiment_by_name(record.experiment)
-    ids = [] if experiment is None else [experiment.experiment_id]
-    best = client.search_runs(
-        ids, links.searched_of(record.study_id), max_results=links.COMPARED, order_by=[links.order_of(metric)]
-    ) if ids else []  # fmt: skip
+    with schema.told_when_lost(uri):
+        experiment, best = _experiment_and_best(record, uri)
     if experiment is None or not best or links.view_tag(record.study_id) not in experiment.tags:
         missing = "no view" if best else "no run"
         raise InputError(f"study {record.name}: MLflow has {missing} of it; `dpsink-tune track` writes what is missing")
-    table = (server, ids[0], record.study_id)
+    table = (server, experiment.experiment_id, record.study_id)
     return {
         "runs": links.runs_link(*table),
         "charts": links.runs_link(*table, charts=True),
-        "best": links.compare_link(server, ids[0], [run.info.run_id for run in best]),
+        "best": links.compare_link(server, experiment.experiment_id, [run.info.run_id for run in best]),
     }
+
+
+def _experiment_and_best(record: StudyRecord, uri: str) -> tuple["Experiment | None", Sequence["Run"]]:
+    """What MLflow holds of a study: its experiment, and the runs of its search that are best."""
+    from tune.tracking import connect
+
+    client = connect(uri)
+    experiment = client.get_experiment_by_name(record.experiment)
+    if experiment is None:
+        return None, []
+    wanted, order = links.searched_of(record.study_id), [links.order_of(record.objectives[0])]
+    return experiment, client.search_runs(
+        [experiment.experiment_id], wanted, max_results=links.COMPARED, order_by=order
+    )
 
 
 def _start(uri: str, port: int, words: IO[bytes]) -> subprocess.Popen[bytes]:

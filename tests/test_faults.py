@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from dpsink.errors import InputError
 from dpsink.privacy.budget import charged_steps
 from tests.test_sweep import (
     PATIENCE,
@@ -37,10 +38,13 @@ from tests.test_sweep import (
 from tune import schema
 from tune.folder import StudyFolder
 from tune.room import LEAST, free_bytes
+from tune.study import load_study
+from tune.sweep import run_study
 from tune.tracking import connect
 
 pytestmark = pytest.mark.slow
 STEPS, POINTS = 1500, 30
+BACK = "MLflow is back and has everything"
 PASSWORD = "open-sesame-and-nobody-else"
 
 
@@ -102,6 +106,8 @@ class Weather:
     seen: dict[str, Seen] = field(default_factory=dict)
     before: dict[str, int] = field(default_factory=dict)  # steps charged when the fault struck
     left: list[str] = field(default_factory=list)
+    behind: int = STEPS  # steps that MLflow lacked when it was said to have everything
+    refusal: str = ""  # of a sweep while MLflow is away
 
     def note(self, fault: str, command: Command, seconds: float = 0.0) -> None:
         charged = charged_of(self.folder)
@@ -151,7 +157,7 @@ def weather(disk: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[We
         everything_killed(path, weather)
         with Command(path) as command:
             mlflow_away(command, server, weather)
-            disk_full(command, server, disk, weather)
+            disk_full(command, server, path, weather)
         stopped_by_hand(path, weather)
         with Command(path) as command:
             command.process.wait(PATIENCE)
@@ -196,15 +202,31 @@ def mlflow_away(command: Command, server: Server, weather: Weather) -> None:
     before = step_of(weather.folder, RUNNER)
     wait_for(lambda: step_of(weather.folder, RUNNER) > before, "a report that MLflow does not get")
     weather.note("MLflow away", command)
+    server.start()
+    wait_for(lambda: BACK in command.errors(), "MLflow to have everything")
+    weather.behind = step_of(weather.folder, RUNNER) - shown_step(weather.folder)
 
 
-def disk_full(command: Command, server: Server, disk: Path, weather: Weather) -> None:
+def shown_step(folder: StudyFolder) -> int:
+    """Step of the last report of the trial that MLflow has."""
+    client = connect(folder.read_study().tracking_uri)
+    (run,) = [one for one in runs_of(folder) if one.data.tags[schema.TRIAL_ID_TAG] == RUNNER]
+    return max(point.step for point in client.get_metric_history(run.info.run_id, schema.EPSILON))
+
+
+def disk_full(command: Command, server: Server, path: Path, weather: Weather) -> None:
+    """With MLflow away, so that nothing is lost of what it has not."""
+    server.kill()
+    disk = path.parent
     ballast = disk / "ballast"
     weather.before["disk full"] = charged_of(weather.folder)
     ballast.write_bytes(bytes(free_bytes(disk) - LEAST // 64))
     command.process.wait(PATIENCE)
     weather.note("disk full", command)
     ballast.unlink()
+    with pytest.raises(InputError) as refused:
+        run_study(load_study(path))
+    weather.refusal = str(refused.value)
     server.start()
 
 
@@ -241,9 +263,17 @@ def test_a_full_disk_stops_the_study_in_one_line_and_fails_no_trial(weather: Wea
 
 
 def test_a_study_goes_on_while_mlflow_is_away_and_says_so_once(weather: Weather) -> None:
-    told = weather.seen["disk full"].words
+    told = weather.seen["MLflow away"].words
     assert "the study goes on" in " ".join(told.split())
     assert told.count("is lost") == 1
+
+
+def test_mlflow_that_is_back_catches_up_while_the_study_runs(weather: Weather) -> None:
+    assert weather.behind <= STEPS / POINTS * 2  # what was reported since
+
+
+def test_a_study_is_not_taken_up_while_mlflow_is_away(weather: Weather) -> None:
+    assert "start the MLflow server" in weather.refusal
 
 
 def test_ctrl_c_ends_a_sweep_within_ten_seconds(weather: Weather) -> None:

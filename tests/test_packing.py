@@ -27,7 +27,7 @@ from dpsink.config import DataConfig, TrialConfig, load_config
 from dpsink.data import load_dataset
 from dpsink.privacy.budget import charged_steps
 from dpsink.records import latest_checkpoint, read_state
-from tests.test_sweep import wait_for
+from tests.test_sweep import Command, folder_of, wait_for, write_study
 from tune import cluster, schema
 from tune.cluster import TooLarge
 from tune.folder import StudyFolder
@@ -600,3 +600,20 @@ def test_study_whose_trials_share_a_process_is_a_study_like_any_other(
     assert [charged(outcome.folder, name) for name in names] == [1, 6, 6, 6]
     assert len({process_of(outcome.folder, name) for name in names}) == 1
     assert engines_of(Packing(outcome.record.study_id, 2)) == []
+
+
+@SLOW
+def test_ctrl_c_stops_trials_that_share_a_process_soon_and_costs_them_no_step(tmp_path: Path) -> None:
+    resources = {"slots": 2, "concurrency": 2}
+    path = write_study(tmp_path, "shared", steps=100_000, points=1, baselines={}, resources=resources)
+    folder, names = folder_of(path), ("trial-0001", "trial-0002")
+    with Command(path) as command:
+        wait_for(lambda: all(has_reserved(folder, name) and charged(folder, name) > 20 for name in names), "some steps")
+        command.look()
+        started = time.monotonic()
+        command.process.send_signal(signal.SIGINT)
+        command.process.wait(PATIENCE)
+        seconds, left = time.monotonic() - started, command.left()
+    assert (command.process.returncode, left) == (130, [])
+    assert seconds < 10
+    assert all(charged(folder, name) == saved_step(folder, name) > 20 for name in names)

@@ -55,7 +55,7 @@ def _explain_usage(message: str) -> None:
     if "\n" in message:  # called bare: the message is the help text
         err.print(message, markup=False)
         sys.exit(BAD_INPUT)
-    fail(f"{message} See --help.", BAD_INPUT)
+    fail(f"{message.rstrip('.')}. See --help.", BAD_INPUT)
 
 
 def fail(message: str, code: int) -> NoReturn:

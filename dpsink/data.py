@@ -18,6 +18,7 @@ from dpsink.errors import InputError
 
 KEY_FILE_VARIABLE = "DPSINK_KEY_FILE"
 DATA_ROOT_VARIABLE = "DPSINK_DATA_ROOT"
+SHORTEST_KEY = 16  # bytes: a key that can be guessed makes the fingerprint a plain hash
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,14 @@ class ImageData:
     validation_is_public: bool = True
 
     @property
+    def public_validation(self) -> LabelledImages | None:
+        """The validation split, where there is one and everyone may see it."""
+        return self.validation if self.validation_is_public else None
+
+    @property
     def public_reference(self) -> LabelledImages:
         """Real images that anything may be fitted to: the validation split if it is public, else the test split."""
-        return self.validation if self.validation is not None and self.validation_is_public else self.test
+        return self.test if self.public_validation is None else self.public_validation
 
 
 def to_unit(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -103,11 +109,20 @@ def fingerprint(images: LabelledImages) -> str:
 def _owner_key() -> bytes:
     path = Path(os.environ.get(KEY_FILE_VARIABLE) or _config_home() / "dpsink" / "fingerprint.key")
     try:
-        return path.read_bytes()
+        key = path.read_bytes()
     except FileNotFoundError:
-        return _create_key(path)
+        key = _create_key(path)
     except OSError as error:
-        raise InputError(f"{path}: the fingerprint key cannot be read ({error.strerror})") from None
+        raise InputError(
+            f"{path}: the fingerprint key cannot be read ({error.strerror}); make it readable, or name another file by "
+            f"{KEY_FILE_VARIABLE}"
+        ) from None
+    if len(key) < SHORTEST_KEY:
+        raise InputError(
+            f"{path}: the fingerprint key has {len(key)} bytes, and must have {SHORTEST_KEY}; remove the file, and a "
+            f"new key is made, or name another by {KEY_FILE_VARIABLE}"
+        )
+    return key
 
 
 def _create_key(path: Path) -> bytes:
@@ -118,7 +133,8 @@ def _create_key(path: Path) -> bytes:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     except OSError as error:
         raise InputError(
-            f"{path}: the fingerprint key cannot be created ({error.strerror}); set {KEY_FILE_VARIABLE}"
+            f"{path}: the fingerprint key cannot be created ({error.strerror}); name a file that can by "
+            f"{KEY_FILE_VARIABLE}"
         ) from None
     with os.fdopen(descriptor, "wb") as file:
         file.write(os.urandom(32))

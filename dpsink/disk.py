@@ -1,12 +1,17 @@
 """Places and promises of the file system that several modules share."""
 
+import logging
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 from dpsink.errors import InputError
+
+log = logging.getLogger("dpsink")
 
 CARD = "card.json"  # what a folder holds that a command of this project made
 
@@ -17,6 +22,29 @@ def cache_folder(name: str) -> Path:
     # A relative path is invalid by the XDG specification and is to be ignored.
     base = Path(configured) if os.path.isabs(configured) else Path.home() / ".cache"
     return base / "dpsink" / name
+
+
+def keep(path: Path, write: Callable[[IO[bytes]], Any]) -> bool:
+    """Writes a cache's entry whole or not at all, readable by its owner only; without a cache only time is lost.
+
+    Of several processes that write one entry at once, the last one's stands.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp: mode 0600
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        except BaseException:
+            os.unlink(draft)
+            raise
+    except OSError as error:
+        log.warning("%s: cannot be written, so it is not cached (%s)", path, error.strerror)
+        return False
+    return True
 
 
 def nearest_folder(path: Path) -> Path:

@@ -15,10 +15,10 @@ from dpsink.config import DataConfig
 from dpsink.control import check_control, control_command
 from dpsink.data import ImageData, LabelledImages, load_dataset
 from dpsink.errors import InputError
-from dpsink.evaluation import build_extractor, distance_floor, evaluate
+from dpsink.evaluation import build_extractor, distance_floor, evaluate, require_extractor
 from dpsink.privacy.ledger import trial_statement
 from dpsink.privacy.plan import NON_PRIVATE, PrivacyPlan
-from dpsink.records import STATEMENT, CheckpointState, read_json
+from dpsink.records import STATEMENT, CheckpointState, latest_checkpoint, read_json
 from dpsink.subjects import Subject, holds_images, read_subject
 from dpsink.synthesis import balanced_labels, generate
 from dpsink.writing import card_path, is_conditional
@@ -43,6 +43,7 @@ def judge(
     data: DataConfig | None = None,
     data_root: Path | None = None,
     skip_bad: bool = False,
+    download: bool = False,
     control: Path | None = None,
     device: torch.device | str = "cpu",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
@@ -57,6 +58,7 @@ def judge(
         extractor: `classifier` or `inception`, which `inception_weights` implies.
         data: the real images that given images imitate; a run knows its own.
         skip_bad: leave out images that cannot be read.
+        download: fetch real images and Inception's weights where they are missing.
         control: run of the class-mean control at the same (ε, δ), judged alike.
         device: where generator, extractor and classifiers compute.
         on_progress: told how many of how many evaluations are done.
@@ -70,13 +72,19 @@ def judge(
     Raises:
         InputError: a place that holds neither, other data, a control that is none.
     """
-    real, subject = (_open_images if holds_images(place) else _open_run)(place, data, data_root, skip_bad, device)
+    extractor = "inception" if inception_weights is not None else extractor
+    require_extractor(extractor, weights=inception_weights, download=download)
+
+    def load(config: DataConfig) -> ImageData:
+        named = config.model_copy(update={"skip_bad": config.skip_bad or skip_bad})
+        return load_dataset(named, root=data_root, download=download)
+
+    real, subject = (
+        _open_images(place, data, load, skip_bad) if holds_images(place) else _open_run(place, data, load, device)
+    )
     reference = _split(real, split)
     contenders = [subject] + ([_open_control(control, subject, device)] if control is not None else [])
-    features = build_extractor(
-        "inception" if inception_weights is not None else extractor, real.public_reference,
-        weights=inception_weights, device=device,
-    )  # fmt: skip
+    features = build_extractor(extractor, real.public_reference, weights=inception_weights, device=device)
     numbers = range(seed, seed + seeds)
 
     def scores(contender: Subject) -> Iterator[dict[str, float]]:
@@ -122,27 +130,30 @@ def half_width(values: Sequence[float]) -> float:
     return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * spread / math.sqrt(len(values))
 
 
+Load = Callable[[DataConfig], ImageData]
+
+
 def _open_run(
-    place: Path, data: DataConfig | None, data_root: Path | None, skip_bad: bool, device: torch.device | str
+    place: Path, data: DataConfig | None, load: Load, device: torch.device | str
 ) -> tuple[ImageData, Subject]:
     if data is not None:
+        if latest_checkpoint(place) is None and not (place / "state.json").exists():
+            raise InputError(
+                f"{place}: holds neither a run nor images; give an npz file, or a folder with a sub-folder a class"
+            )
         raise InputError(f"{place}: a run is judged by the data that it was made for; leave --data and --config out")
     generator, description = load_generator(place)
-    own = description.config.data
-    real = load_dataset(own.model_copy(update={"skip_bad": own.skip_bad or skip_bad}), root=data_root)
+    real = load(description.config.data)
     if real.fingerprint != description.data_fingerprint:
         raise InputError(f"{place}: was trained on other data than what lies under the data root now")
     return real, _generator_subject(place, generator.to(device), description)
 
 
-def _open_images(
-    place: Path, data: DataConfig | None, data_root: Path | None, skip_bad: bool, device: torch.device | str
-) -> tuple[ImageData, Subject]:
-    del device  # images need none
+def _open_images(place: Path, data: DataConfig | None, load: Load, skip_bad: bool) -> tuple[ImageData, Subject]:
     if data is None:
         raise InputError(f"{place}: images do not say what they imitate; give --data, such as --data mnist")
     card = read_card(place)
-    real = load_dataset(data.model_copy(update={"skip_bad": data.skip_bad or skip_bad}), root=data_root)
+    real = load(data)
     return real, read_subject(place, real.test, card, skip_bad=skip_bad)
 
 
@@ -239,11 +250,10 @@ def _statement(place: Path) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 
 
-def _split(data: ImageData, split: str) -> Any:
+def _split(data: ImageData, split: str) -> LabelledImages:
     if split not in ("test", "validation"):
         raise InputError(f"--split={split} must be test or validation")
-    if split == "validation":
-        if data.validation is None or not data.validation_is_public:
-            raise InputError("--split=validation: this run has no public validation images; use --split=test")
-        return data.validation
-    return data.test
+    found = data.test if split == "test" else data.public_validation
+    if found is None:
+        raise InputError("--split=validation: this run has no public validation images; use --split=test")
+    return found

@@ -67,6 +67,7 @@ def train(
     *,
     entropy: Entropy | None = None,
     performance: Performance = DEFAULT_PERFORMANCE,
+    inception_weights: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     on_progress: Callable[[Progress], None] = lambda _: None,
     tell_again: bool = False,
@@ -80,6 +81,8 @@ def train(
         entropy: source of noise and membership; the operating system's by default. No setting, file or
             environment variable can replace it.
         performance: where and how fast; changes neither ε nor the number of steps.
+        inception_weights: their file, for that extractor; by default at `$DPSINK_INCEPTION_WEIGHTS` or in torch
+            hub's cache.
         should_stop: asked after every step; True ends the trial cleanly, to be resumed.
         on_progress: told after every reservation.
         tell_again: whether a trial that goes on first repeats its last report, for a listener who may have died
@@ -93,7 +96,7 @@ def train(
         InputError: the folder belongs to another trial or process, is damaged, or cannot be written.
     """
     set_up(performance)  # what cannot run is refused before anything is written
-    with TrialRun.open(config, data, folder, entropy) as run:
+    with TrialRun.open(config, data, folder, entropy, inception_weights) as run:
         run.on_progress = on_progress
         if tell_again and run.reports and not run.ended:
             yield run.reports[-1]
@@ -269,6 +272,7 @@ class TrialRun:
     seconds: float = 0.0  # spent in steps, over all attempts
     on_progress: Callable[[Progress], None] = lambda _: None
     device: str = "cpu"  # where it is evaluated
+    inception_weights: Path | None = None
     stack: Stack | None = None
     slot: int = -1
     granted: int = 0  # steps that are reserved and not yet taken
@@ -279,13 +283,16 @@ class TrialRun:
         self.trial = Trial(self.config, self.plan, self.state, self.entropy)
 
     @classmethod
-    def open(cls, config: TrialConfig, data: ImageData, folder: Path, entropy: Entropy | None = None) -> "TrialRun":
+    def open(
+        cls, config: TrialConfig, data: ImageData, folder: Path, entropy: Entropy | None = None,
+        inception_weights: Path | None = None,
+    ) -> "TrialRun":  # fmt: skip
         """Opens a run folder, restoring the last checkpoint and taking the next attempt at the ledger."""
         plan = derive_plan(config, len(data.train))
         if warning := delta_warning(config, len(data.train)):
             log.warning(warning)
-        if data.validation is not None and data.validation_is_public:
-            require_extractor(config.evaluation.extractor)
+        if data.public_validation is not None:
+            require_extractor(config.evaluation.extractor, weights=inception_weights)
         _claim_folder(folder, config)
         checkpoint = latest_checkpoint(folder)
         state = initial_state(config, data.train)
@@ -293,7 +300,9 @@ class TrialRun:
         budget = TrialBudget.open(
             folder / LEDGER, plan.terms(data.fingerprint), witness=saved.witness if saved else None
         )
-        run = cls(config, data, folder, entropy or OsEntropy(), plan, budget, state)
+        run = cls(
+            config, data, folder, entropy or OsEntropy(), plan, budget, state, inception_weights=inception_weights
+        )
         try:
             run._restore(checkpoint, saved)
         except BaseException:
@@ -464,7 +473,7 @@ class TrialRun:
         samples = generate(generator, labels, num_classes=reference.num_classes, seed=self.config.seed + 1)
         if not public:
             return self._private_scores(samples, reference)
-        extractor = build_extractor(settings.extractor, reference, device=self.device)
+        extractor = build_extractor(settings.extractor, reference, weights=self.inception_weights, device=self.device)
         return evaluate(samples, reference, extractor=extractor, classifiers=settings.classifiers, device=self.device)
 
     def _private_scores(self, samples: LabelledImages, reference: LabelledImages) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """The commands as a user has them: real processes for whole lives, the process of the test for each mistake."""
 
 import json
-import logging
 import os
 import re
 import shlex
@@ -10,22 +9,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from dpsink import cli, console
+from dpsink import console
 from dpsink.checkpoint import load_generator
 from dpsink.config import load_config
 from dpsink.privacy.budget import charged_steps
 from dpsink.records import latest_checkpoint, read_state
 from dpsink.training import read_result
 from dpsink.training import train as run_training
+from tests.conftest import Answer, Command
 
 SETTINGS = {
     "generator.hidden_dim": "4", "sinkhorn.gen_batch_size": "10", "sinkhorn.cost": "l2",
@@ -33,49 +31,12 @@ SETTINGS = {
     "evaluation.samples": "40", "evaluation.classifiers": "[logreg]",
 }  # fmt: skip
 BUDGET = ("budget", "--noise-multiplier", "1.1", "--sample-rate", "8.333e-4", "--delta", "1e-5")
-LOG_LINE = re.compile(r"\d\d:\d\d:\d\d ")
 
 
 def small(**changes: str) -> list[str]:
     """Overrides of a trial of seconds; `privacy__delta="1"` sets privacy.delta."""
     settings = SETTINGS | {path.replace("__", "."): value for path, value in changes.items()}
     return [f"{path}={value}" for path, value in settings.items()]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def errors(self) -> list[str]:
-        """Lines on stderr that are no log lines."""
-        return [line for line in self.err.splitlines() if not LOG_LINE.match(line)]
-
-
-Command = Callable[..., Answer]
-
-
-@pytest.fixture
-def dpsink(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """Runs a command line in this process, up to its exit code."""
-    logger, threads = logging.getLogger("dpsink"), torch.get_num_threads()
-    before = logger.handlers, logger.level, logger.propagate
-
-    def call(*words: object) -> Answer:
-        monkeypatch.setattr(sys, "argv", ["dpsink", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        code, told = ended.value.code, capsys.readouterr()
-        return Answer(code if isinstance(code, int) else 1, told.out, told.err)
-
-    yield call
-    logger.handlers, logger.level, logger.propagate = before
-    torch.set_num_threads(threads)
 
 
 def process(*words: object, **more) -> subprocess.Popen[str]:
@@ -171,7 +132,8 @@ def test_train_answers_with_one_json_document_and_tells_the_rest_on_stderr(dpsin
 def test_finished_training_shows_its_result_again_and_spends_nothing(copy: Path, dpsink: Command) -> None:
     told = json.loads(dpsink("train", *small(), "--out", copy, "--json").out)
     report = read_result(copy)
-    assert report is not None and told == {"folder": str(copy), **report.model_dump()}
+    assert report is not None and told.pop("floor")["fid"] > 0
+    assert told == {"folder": str(copy), **report.model_dump()}
     assert charged_steps(copy / "ledger") == 6
 
 
@@ -197,7 +159,24 @@ def test_override_goes_over_the_file(dpsink: Command, tmp_path: Path) -> None:
 def test_people_are_told_epsilon_folder_and_what_comes_next(copy: Path, dpsink: Command) -> None:
     lines = dpsink("train", *small(), "--out", copy).out.splitlines()
     assert re.fullmatch(r"completed: 6 steps, ε = 1\.\d+, [\d.]+ steps/s", lines[0])
-    assert lines[1:] == [f"folder: {copy}", f"next:   dpsink evaluate {copy}"]
+    assert lines[2:] == [f"folder: {copy}", f"next:   dpsink evaluate {copy}"]
+
+
+def test_training_shows_variety_and_recall_beside_accuracy_and_the_floor_beside_distances(
+    dpsink: Command, tmp_path: Path
+) -> None:
+    answer = dpsink("train", *small(), "--out", tmp_path / "run")
+    number = r"[-\d.,e]+"
+    shown = rf"fid {number} \(floor {number}\)  kid {number} \(floor {number}\)  precision {number}  recall {number}  "
+    shown += rf"variety {number}  accuracy_logreg {number}"
+    for line in (*answer.errors, answer.out.splitlines()[1]):
+        assert re.fullmatch(rf"(step \d  ε {number}|on validation:) +{shown}", line)
+
+
+def test_training_without_validation_images_shows_no_floor(dpsink: Command, tmp_path: Path) -> None:
+    answer = dpsink("train", *small(data__validation_size="0"), "--out", tmp_path / "run")
+    assert "floor" not in answer.out + answer.err
+    assert len(answer.out.splitlines()) == 3
 
 
 @pytest.fixture
@@ -623,6 +602,14 @@ def test_evaluation_that_cannot_be_is_refused(
     words: list[str], named: str, trained: Path, dpsink: Command
 ) -> None:  # fmt: skip
     check_refused(dpsink("evaluate", trained, "--samples", "40", *words), named)
+
+
+@pytest.mark.parametrize("name", ["flat", "flat/0.png", "none.npz", "set.parquet"])
+def test_what_is_neither_a_run_nor_images_is_told(name: str, dpsink: Command, tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "0.png").touch()
+    answer = dpsink("evaluate", tmp_path / name, "--data", "digits")
+    check_refused(answer, f"{tmp_path / name}: holds neither a run nor images; give an npz file, or a folder")
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,30 @@ def test_fingerprint_key_is_readable_by_its_owner_only(digits, tmp_path: Path, m
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("key", [b"", b"guess me"])
+def test_key_that_can_be_guessed_is_refused(
+    key: bytes, digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    """An empty file, or /dev/null, would make the fingerprint a plain hash of private images."""
+    path = tmp_path / "own.key"
+    path.write_bytes(key)
+    monkeypatch.setenv("DPSINK_KEY_FILE", str(path))
+    with pytest.raises(
+        InputError, match=rf"^{path}: the fingerprint key has {len(key)} bytes, and must have 16; remove"
+    ):
+        fingerprint(digits.train)
+
+
+@pytest.mark.parametrize(("place", "fault"), [("", "cannot be read"), ("file/own.key", "cannot be")])
+def test_key_that_cannot_be_had_is_named_with_the_variable_that_names_another(
+    place: str, fault: str, digits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DPSINK_KEY_FILE", str(tmp_path / place))
+    with pytest.raises(InputError, match=rf"^{tmp_path / place}: the fingerprint key {fault} .*by DPSINK_KEY_FILE$"):
+        fingerprint(digits.train)
+
+
 def test_fingerprint_changes_with_one_pixel(digits) -> None:
     images = digits.train.images.clone()
     images[0, 0, 0, 0] += 1
@@ -77,13 +101,18 @@ def test_missing_files_name_the_folder_looked_at(tmp_path: Path) -> None:
         load_dataset(DataConfig(name="mnist", validation_size=0), root=tmp_path)
 
 
-def test_truncated_file_is_told(tmp_path: Path) -> None:
-    raw = tmp_path / "MNIST" / "raw"
+@pytest.mark.parametrize("download", [False, True])
+@pytest.mark.parametrize(("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")])
+def test_damaged_file_is_named_and_never_read(name: str, folder: str, download: bool, tmp_path: Path) -> None:
+    """Also by --download, since torchvision downloads nothing where a file of that name is."""
+    raw = tmp_path / folder / "raw"
     raw.mkdir(parents=True)
     for stem in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
         (raw / f"{stem}-ubyte").write_bytes(b"\x00\x00\x08\x03\x00\x00")
-    with pytest.raises(InputError, match="MNIST"):
-        load_dataset(DataConfig(name="mnist", validation_size=0), root=tmp_path)
+    with pytest.raises(
+        InputError, match=rf"{raw}/train-images-idx3-ubyte: damaged, its MD5 is not \w{{32}}; remove it"
+    ):
+        load_dataset(DataConfig(name=name, validation_size=0), root=tmp_path, download=download)
 
 
 @pytest.mark.parametrize("size", [1617, 5000])

@@ -452,6 +452,14 @@ def as_parts(place: Path) -> None:
     write_folder(place / "test", ("cat", "cow"))
 
 
+def flat(place: Path) -> None:
+    """Images without a folder of their class."""
+    for number, path in enumerate(sorted(place.rglob("*.png"))):
+        path.rename(place / f"{number}.png")
+    for name in ("cat", "dog"):
+        (place / name).rmdir()
+
+
 @pytest.mark.parametrize(
     ("change", "settings", "named"),
     [
@@ -460,11 +468,16 @@ def as_parts(place: Path) -> None:
         (add_folder("cat", "kittens"), {}, "pets/cat/kittens: a folder inside a class"),
         (as_parts, {"test_size": 0}, "pets/test: must hold the classes of train/, and 'cow' is in one"),
         (add_folder("train", "cat"), {"test_size": 0}, "pets/cat: beside"),
-        (lambda place: (place / "cat").rename(place.parent / "cat"), {}, "at least 2 classes"),
+        (
+            lambda place: (place / "cat").rename(place.parent / "cat"),
+            {},
+            "pets: holds 1 sub-folders and 0 other files;",
+        ),
+        (flat, {}, "pets/0.png); must hold a sub-folder for each of at least 2 classes, with the images of the class"),
         (lambda place: None, {"test_size": 0}, "folder:pets has no test images"),
         (lambda place: None, {"test_size": 20}, "data.test_size=20 must be below the 20 training images"),
         (lambda place: None, {"test_size": 10, "validation_size": 10}, "data.test_size=10 and data.validation_size=10"),
-        (lambda place: None, {"test_size": 1}, "data.test_size=1 cannot be split by class"),
+        (lambda place: None, {"test_size": 1}, "folder:pets: data.test_size=1 cannot be split by class: of 20 images"),
     ],
 )
 def test_folder_that_cannot_be_used_is_told(

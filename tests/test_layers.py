@@ -194,8 +194,8 @@ def test_noise_is_seeded_with_nothing_but_entropy() -> None:
 
 
 def test_environment_decides_on_places_only() -> None:
-    """Of data, keys and caches; no variable reaches the noise."""
-    places = {"KEY_FILE_VARIABLE", "DATA_ROOT_VARIABLE", "'XDG_CONFIG_HOME'", "'XDG_CACHE_HOME'"}
+    """Of data, keys, caches and Inception's weights; no variable reaches the noise."""
+    places = {"KEY_FILE_VARIABLE", "DATA_ROOT_VARIABLE", "WEIGHTS_VARIABLE", "'XDG_CONFIG_HOME'", "'XDG_CACHE_HOME'"}
     readers = ("environ.get", "os.getenv", "environ.setdefault", "environ.pop")
     read = {ast.unparse(call.args[0]) for _, name, call in calls(*sources("dpsink")) if name in readers}
     nodes = [node for path in sources("dpsink") for node in ast.walk(tree(path))]

@@ -108,13 +108,16 @@ def test_each_edge_of_the_space_has_to_be_a_valid_trial(tmp_path: Path, path: st
     assert path.rpartition(".")[2] in refusal(tmp_path, space={path: space})
 
 
-def test_missing_inception_weights_are_told_before_a_trial_starts(
+def test_inception_weights_that_the_environment_does_not_name_are_told_before_a_trial_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path / "hub"))
     trial = {"privacy": {"noise_multiplier": 3, "delta": 5e-5}, "evaluation": {"extractor": "inception"}}
     with pytest.raises(InputError, match="no Inception weights there"):
         check_study(load(tmp_path, trial=trial), None)
+    (tmp_path / "w.pth").touch()
+    monkeypatch.setenv("DPSINK_INCEPTION_WEIGHTS", str(tmp_path / "w.pth"))  # the way to give them to a study
+    assert check_study(load(tmp_path, trial=trial), None).extractor == "inception@180"
 
 
 @pytest.mark.parametrize(

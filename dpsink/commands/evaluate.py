@@ -6,7 +6,18 @@ from typing import Annotated, Any
 import typer
 
 from dpsink import console
-from dpsink.commands.options import MAX_SEED, DataRoot, Device, Json, SkipBad, Threads, use_device, with_skip_bad
+from dpsink.commands.options import (
+    MAX_SEED,
+    DataRoot,
+    Device,
+    Download,
+    InceptionWeights,
+    Json,
+    SkipBad,
+    Threads,
+    use_device,
+    with_skip_bad,
+)
 from dpsink.config import DataConfig, load_config
 
 DISTANCES = ("fid", "kid")  # what has a floor
@@ -25,8 +36,9 @@ def evaluate(
     seeds: Annotated[int, typer.Option(min=1, max=1000, help="how many seeds: mean and 95 % interval")] = 1,
     control: Annotated[Path | None, typer.Option(help="run of the class-mean control at the same ε and δ")] = None,
     extractor: Annotated[str, typer.Option(help="features for FID: classifier or inception")] = "classifier",
-    inception_weights: Annotated[Path | None, typer.Option(help="file of torch-fidelity's weights")] = None,
+    inception_weights: InceptionWeights = None,
     data_root: DataRoot = None,
+    download: Download = False,
     skip_bad: SkipBad = False,
     device: Device = "cpu",
     threads: Threads = 0,
@@ -42,7 +54,7 @@ def evaluate(
         answer = judge(
             place, samples=samples, split=split, seed=seed, seeds=seeds, extractor=extractor, control=control,
             inception_weights=inception_weights, data=_data(data, config, overrides, skip_bad), data_root=data_root,
-            skip_bad=skip_bad, device=device,
+            skip_bad=skip_bad, download=download, device=device,
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     if as_json:

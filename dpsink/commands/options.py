@@ -16,7 +16,12 @@ DataRoot = Annotated[
 SkipBad = Annotated[
     bool, typer.Option("--skip-bad", help="go on without images that cannot be read; the same as data.skip_bad=true")
 ]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves it to the tensor library")]
+Download = Annotated[bool, typer.Option("--download", help="fetch what is missing: the data set, Inception's weights")]
+InceptionWeights = Annotated[
+    Path | None,
+    typer.Option(help="file; default $DPSINK_INCEPTION_WEIGHTS, else in torch hub's cache"),
+]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0: one a core")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N")]
 Run = Annotated[Path, typer.Argument(help="folder of a run, a checkpoint or an export")]
 

@@ -81,35 +81,34 @@ class _Torchvision:
 
     Attributes:
         splits: keyword arguments that choose the training and the test images.
-        files: from torchvision's class to what must lie below the data root: file to MD5, None where it has none.
+        files: from torchvision's class to what must lie below the data root: file to MD5.
         images: of a loaded split, uint8 (N, C, H, W).
         labels: of a loaded split.
     """
 
     name: str
     splits: tuple[dict[str, Any], dict[str, Any]]
-    files: Callable[[Any], Mapping[str, str | None]]
+    files: Callable[[Any], Mapping[str, str]]
     images: Callable[[Any], Any]
     labels: Callable[[Any], Any]
 
     def load(self, root: Path, download: bool) -> tuple[LabelledImages, LabelledImages]:
         """Training and test images."""
-        if not download:
-            self._check_files(root)
+        self._check_files(root, may_miss=download)
         train, test = (self._read(root, split, download) for split in self.splits)
         return train, test
 
-    def _check_files(self, root: Path) -> None:
+    def _check_files(self, root: Path, *, may_miss: bool) -> None:
         from torchvision.datasets.utils import check_integrity
 
         for file, md5 in self.files(self._type()).items():
-            if not (root / file).exists():
-                looked = root / file
+            if (root / file).exists():
+                if not check_integrity(str(root / file), md5):
+                    raise InputError(f"{root / file}: damaged, its MD5 is not {md5}; remove it, and give --download")
+            elif not may_miss:
                 raise InputError(
-                    f"{self.name} is not under '{root}' (looked for {looked}); give --data-root, or --download"
+                    f"{self.name} is not under '{root}' (looked for {root / file}); give --data-root, or --download"
                 )
-            if not check_integrity(str(root / file), md5):
-                raise InputError(f"{root / file}: damaged, its MD5 is not {md5}; fetch it again, or give --download")
 
     def _read(self, root: Path, split: dict[str, Any], download: bool) -> LabelledImages:
         try:
@@ -127,18 +126,32 @@ class _Torchvision:
         return getattr(datasets, self.name)
 
 
-def _idx(name: str) -> _Torchvision:
-    """A data set in the format of MNIST."""
+def _idx(name: str, *checksums: str) -> _Torchvision:
+    """A data set in the format of MNIST; checksums of the unpacked files, which torchvision does not compare."""
     stems = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
     return _Torchvision(
         name=name,
         splits=({"train": True}, {"train": False}),
-        files=lambda _: {f"{name}/raw/{stem}-ubyte": None for stem in stems},
+        files=lambda _: {f"{name}/raw/{stem}-ubyte": md5 for stem, md5 in zip(stems, checksums, strict=True)},
         images=lambda split: split.data.unsqueeze(1),
         labels=lambda split: split.targets,
     )
 
 
+_MNIST = _idx(
+    "MNIST",
+    "6bbc9ace898e44ae57da46a324031adb",
+    "a25bea736e30d166cdddb491f175f624",
+    "2646ac647ad5339dbf082846283269ea",
+    "27ae3e4e09519cfbb04c329615203637",
+)
+_FASHION_MNIST = _idx(
+    "FashionMNIST",
+    "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+    "9018921c3c673c538a1fc5bad174d6f9",
+    "8181f5470baa50b63fa0f6fddb340f0a",
+    "15d484375f8d13e6eb1aabb0c3f46965",
+)
 # Torchvision unpickles CIFAR-10, after it has compared the same checksums.
 _CIFAR10 = _Torchvision(
     name="CIFAR10",
@@ -157,8 +170,8 @@ _SVHN = _Torchvision(
 
 DATASETS = {
     "digits": DatasetFacts({TRAIN: 1617, TEST: DIGITS_TEST_SIZE}, _load_digits),
-    "mnist": DatasetFacts({TRAIN: 60_000, TEST: 10_000}, _idx("MNIST").load),
-    "fashion_mnist": DatasetFacts({TRAIN: 60_000, TEST: 10_000}, _idx("FashionMNIST").load),
+    "mnist": DatasetFacts({TRAIN: 60_000, TEST: 10_000}, _MNIST.load),
+    "fashion_mnist": DatasetFacts({TRAIN: 60_000, TEST: 10_000}, _FASHION_MNIST.load),
     "cifar10": DatasetFacts({TRAIN: 50_000, TEST: 10_000}, _CIFAR10.load),
     "svhn": DatasetFacts({TRAIN: 73_257, TEST: 26_032}, _SVHN.load),
 }

@@ -9,17 +9,15 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 
 from dpsink.datasets.base import Decoded
-from dpsink.disk import cache_folder
+from dpsink.disk import cache_folder, keep
 
 log = logging.getLogger("dpsink")
 
@@ -60,7 +58,7 @@ def recall(entry: Entry, decode: Callable[[], Decoded]) -> Decoded:
 def list_bad(place: Path, part: str, lines: Iterable[str]) -> Path | None:
     """Writes what is wrong with which image, mode 0600, into the cache's folder; None where that cannot be written."""
     path = Entry(f"{place.stem}-{part}", (str(place.absolute()), part), "").path(".bad.txt")
-    return path if _replace(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode())) else None
+    return path if keep(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode())) else None
 
 
 def _read(entry: Entry) -> Decoded | None:
@@ -80,27 +78,7 @@ def _read(entry: Entry) -> Decoded | None:
 
 def _write(entry: Entry, decoded: Decoded) -> None:
     facts = np.frombuffer(json.dumps({"listing": entry.listing, "bad": dict(decoded.bad)}).encode(), np.uint8)
-    _replace(entry.path(), lambda file: np.savez(file, facts=facts, images=decoded.images))
-
-
-def _replace(path: Path, write: Callable[[IO[bytes]], Any]) -> bool:
-    """Writes a file whole or not at all, readable by its owner only; without a cache only time is lost."""
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # mkstemp: mode 0600
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(draft, path)
-        except BaseException:
-            os.unlink(draft)
-            raise
-    except OSError as error:
-        log.warning("%s: cannot be written (%s)", path, error.strerror)
-        return False
-    return True
+    keep(entry.path(), lambda file: np.savez(file, facts=facts, images=decoded.images))
 
 
 @contextmanager

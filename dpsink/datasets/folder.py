@@ -24,7 +24,7 @@ def open_folder(config: DataConfig, place: Path) -> FileSource:
     _check_nothing_is_left_over(place, parts)
     classes = _folders(place / TRAIN if parts else place)
     if len(classes) < 2:
-        raise InputError(f"{place / TRAIN if parts else place}: must hold a sub-folder for each of at least 2 classes")
+        raise InputError(_too_few_classes(place / TRAIN if parts else place, classes))
     folders = {part: place / part for part in parts} if parts else {TRAIN: place}
     listed = {part: _list_part(folder, classes) for part, folder in folders.items()}
     files = {
@@ -32,6 +32,15 @@ def open_folder(config: DataConfig, place: Path) -> FileSource:
     }
     labels = {part: torch.tensor([label for _, label in rows]) for part, rows in listed.items()}
     return FileSource(place.name or "folder", place, files, labels, len(classes), Form.of(config))
+
+
+def _too_few_classes(folder: Path, classes: list[str]) -> str:
+    loose = [name for name in _visible(folder.iterdir()) if name not in classes]
+    example = f" (such as {folder / loose[0]})" if loose else ""
+    return (
+        f"{folder}: holds {len(classes)} sub-folders and {len(loose)} other files{example}; must hold a sub-folder for "
+        "each of at least 2 classes, with the images of the class in it"
+    )
 
 
 def _check_nothing_is_left_over(place: Path, parts: list[str]) -> None:

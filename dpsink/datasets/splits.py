@@ -58,14 +58,16 @@ def assign_rows(config: DataConfig, labels: Mapping[str, Tensor]) -> dict[str, R
     if TEST in labels:
         found[TEST] = Rows(TEST, torch.arange(len(labels[TEST])))
     else:
-        train, held = _hold_out(labels[TRAIN], train, config.test_size, "data.test_size")
+        train, held = _hold_out(labels[TRAIN], train, config.test_size, f"{config.name}: data.test_size")
         found[TEST] = Rows(TRAIN, held)
     if config.validation_size and VALIDATION in labels:
         everything = torch.arange(len(labels[VALIDATION]))
-        _, held = _hold_out(labels[VALIDATION], everything, config.validation_size, "data.validation_size")
+        _, held = _hold_out(
+            labels[VALIDATION], everything, config.validation_size, f"{config.name}: data.validation_size"
+        )
         found[VALIDATION] = Rows(VALIDATION, held)
     elif config.validation_size:
-        train, held = _hold_out(labels[TRAIN], train, config.validation_size, "data.validation_size")
+        train, held = _hold_out(labels[TRAIN], train, config.validation_size, f"{config.name}: data.validation_size")
         found[VALIDATION] = Rows(TRAIN, held)
     return {TRAIN: Rows(TRAIN, train), **found}
 
@@ -75,7 +77,7 @@ def stratified_split(labels: Tensor, held_out: int, setting: str) -> tuple[Tenso
 
     Args:
         labels: int64, (rows,).
-        setting: what asked for it, for the message.
+        setting: of which data, and what asked for it, for the message.
 
     Raises:
         InputError: too few of a class.
@@ -86,8 +88,14 @@ def stratified_split(labels: Tensor, held_out: int, setting: str) -> tuple[Tenso
         kept, held = train_test_split(
             np.arange(len(labels)), test_size=held_out, stratify=labels.numpy(), random_state=SPLIT_SEED
         )
-    except ValueError as error:
-        raise InputError(f"{setting}={held_out} cannot be split by class: {error}") from None
+    except ValueError:
+        counts = labels.bincount()
+        found = counts.nonzero().flatten()
+        rarest = int(found[counts[found].argmin()])
+        raise InputError(
+            f"{setting}={held_out} cannot be split by class: of {len(labels)} images in {len(found)} classes "
+            f"class {rarest} has {int(counts[rarest])}, and both sides need one of each; change the size, or add images"
+        ) from None
     return torch.from_numpy(np.sort(kept)), torch.from_numpy(np.sort(held))
 
 

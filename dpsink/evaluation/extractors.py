@@ -1,6 +1,7 @@
 """Feature extractors for FID, KID, precision and recall. Values under different extractors do not compare."""
 
 import hashlib
+import os
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ ARCHITECTURE = "cnn-8-16-32/1"  # part of the cache key: raise the number when n
 FEATURES = 32
 BATCH_SIZE = 64
 INCEPTION_SHA256_PREFIX = "6726825d"  # also in the file's name
+WEIGHTS_VARIABLE = "DPSINK_INCEPTION_WEIGHTS"
 
 _built: dict[tuple[str, str], "Extractor"] = {}
 
@@ -55,7 +57,7 @@ def build_extractor(
     """The extractor that a config names: `classifier`, trained on the public `reference`, or `inception`.
 
     Args:
-        weights: file of Inception's weights; by default, in torch hub's cache.
+        weights: as for `find_weights`.
         device: where it computes.
 
     Raises:
@@ -68,22 +70,43 @@ def build_extractor(
     raise InputError(f"extractor {name!r} is not known; choose classifier or inception")
 
 
-def require_extractor(name: str) -> None:
+def require_extractor(name: str, *, weights: Path | None = None, download: bool = False) -> None:
     """Refuses an extractor that needs a file which is not there, before anything is paid for.
 
+    Args:
+        weights, download: as for `find_weights`.
+
     Raises:
-        InputError: Inception's weights are not in torch hub's cache.
+        InputError: Inception's weights are not there, or cannot be downloaded.
     """
-    if name == "inception" and not (path := _inception_place()).is_file():
-        raise InputError(_no_weights(path))
+    if name == "inception":
+        find_weights(weights, download=download)
 
 
-def _inception_place() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+def find_weights(weights: Path | None = None, *, download: bool = False) -> Path:
+    """The file of Inception's weights, `weights-inception-2015-12-05-6726825d.pth`.
+
+    Args:
+        weights: where it lies; by default at `$DPSINK_INCEPTION_WEIGHTS`, else in torch hub's cache.
+        download: fetch it to that place where it is missing (92 MB).
+
+    Raises:
+        InputError: it is not there, or cannot be downloaded.
+    """
+    path = weights or _usual_place()
+    if not path.is_file():
+        if not download:
+            raise InputError(
+                f"{path}: no Inception weights there; give --inception-weights or ${WEIGHTS_VARIABLE}, fetch "
+                f"{URL_INCEPTION_V3} (--download), or use `classifier`"
+            )
+        _download(path)
+    return path
 
 
-def _no_weights(path: Path) -> str:
-    return f"{path}: no Inception weights there; download {URL_INCEPTION_V3} to it, or use `classifier`"
+def _usual_place() -> Path:
+    named = os.environ.get(WEIGHTS_VARIABLE)
+    return Path(named) if named else Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
 
 
 def classifier_extractor(reference: LabelledImages, *, seed: int = 0, device: torch.device | str = "cpu") -> Extractor:
@@ -110,25 +133,17 @@ def classifier_extractor(reference: LabelledImages, *, seed: int = 0, device: to
     return _built[key, str(device)]
 
 
-def inception_extractor(
-    weights: Path | None = None, *, download: bool = False, device: torch.device | str = "cpu"
-) -> Extractor:
+def inception_extractor(weights: Path | None = None, *, device: torch.device | str = "cpu") -> Extractor:
     """torch-fidelity's Inception-v3, 2,048 features, the one that published FIDs use; grey images become RGB.
 
     Args:
-        weights: the file `weights-inception-2015-12-05-6726825d.pth`; by default, in torch hub's cache.
-        download: fetch the file to that place where it is missing (92 MB).
+        weights: as for `find_weights`.
         device: where it computes.
 
     Raises:
-        InputError: the file is missing, is something else, or cannot be downloaded.
+        InputError: the file is missing, or is something else.
     """
-    path = weights or _inception_place()
-    if not path.is_file():
-        if not download:
-            raise InputError(_no_weights(path))
-        _download(path)
-    return _load_inception(path, str(device))
+    return _load_inception(find_weights(weights), str(device))
 
 
 def _load_or_train(reference: LabelledImages, seed: int, path: Path) -> nn.Sequential:
@@ -163,6 +178,8 @@ def _load_inception(path: Path, device: str) -> Extractor:
             network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
         with path.open("rb") as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()
+        if not weights.startswith(INCEPTION_SHA256_PREFIX):  # an FID by others would pass for one by these
+            raise ValueError(f"its SHA-256 does not begin with {INCEPTION_SHA256_PREFIX}")
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, TypeError, ValueError) as error:
         # Torch's own words on a refused pickle advise to load it all the same.
         refused = isinstance(error, pickle.UnpicklingError)

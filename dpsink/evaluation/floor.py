@@ -48,8 +48,8 @@ def distance_floor(data: ImageData, extractor: Extractor) -> Floor:
 
 
 def _public_pair(data: ImageData) -> tuple[LabelledImages, LabelledImages, str]:
-    if data.validation is not None and data.validation_is_public:
-        first, second, names = data.validation, data.test, ("validation", "test")
+    if data.public_validation is not None:
+        first, second, names = data.public_validation, data.test, ("validation", "test")
     else:
         first, second = _halves(data.test)
         names = ("one half of test", "the other")

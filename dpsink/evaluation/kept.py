@@ -2,8 +2,6 @@
 
 import hashlib
 import logging
-import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from dpsink.data import LabelledImages
+from dpsink.disk import keep
 from dpsink.privacy.release import ReleaseRefused
 
 log = logging.getLogger(__name__)
@@ -33,7 +32,7 @@ def recall(path: Path, make: Callable[[], Tensors], *, valid: Callable[[Tensors]
         except RuntimeError:
             log.warning("%s: does not fit; made again", path)
     made = make()
-    _write(path, made)
+    keep(path, lambda file: file.write(save(made, {"sha256": _checksum(made)})))
     return made
 
 
@@ -73,17 +72,6 @@ def _read(path: Path) -> Tensors | None:
             return tensors if (entry.metadata() or {}).get("sha256") == _checksum(tensors) else None
     except (OSError, SafetensorError, RuntimeError):
         return None
-
-
-def _write(path: Path, tensors: Tensors) -> None:
-    """Writes an entry whole or not at all; a cache that cannot be written costs time, not the trial."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as draft:
-            draft.write(save(tensors, {"sha256": _checksum(tensors)}))
-        os.replace(draft.name, path)
-    except OSError as error:
-        log.warning("%s: cannot be written, so it is not cached (%s)", path, error.strerror)
 
 
 def _checksum(tensors: Tensors) -> str:

@@ -36,7 +36,7 @@ def build_generator(config: TrialConfig, shape: tuple[int, int, int], num_classe
     """
     _, height, width = shape
     if height != width or height % 4:
-        raise InputError(f"image size {height}x{width} must be square and divisible by 4; resize the data")
+        raise InputError(f"image size {height}x{width} must be square and divisible by 4; set data.size")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return _BUILDERS[config.generator.kind](config.generator, shape, num_classes)

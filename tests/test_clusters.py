@@ -52,8 +52,13 @@ def unknown(document: Any, schema: dict[str, Any], place: str = "") -> Iterator[
 
 
 def commands() -> list[str]:
-    """All commands of the guide, without their comments; what stands behind `&&` is one of its own."""
+    """All commands of the guide, without their comments, and those of Ray's in its text that have arguments.
+
+    What stands behind `&&` is one of its own.
+    """
     lines = [line.partition("  #")[0].split("&&") for block in blocks(GUIDE, "") for line in block.splitlines()]
+    text = re.sub(r"^```.*?^```", "", GUIDE.read_text(encoding="utf-8"), flags=re.M | re.S)
+    lines += [inline.split("&&") for inline in re.findall(r"`(ray [^`]*(?:/|--)[^`]*)`", text)]
     return [one.strip().removesuffix("&").strip() for line in lines for one in line if one.strip()]
 
 

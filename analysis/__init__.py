@@ -1,8 +1,8 @@
 """Reads studies back from MLflow: selects, compares, judges, exports. What a notebook needs is here by name.
 
-`store` → `runs` → `conditions`, `rules` → `selection` → `fronts`, `effects`, `export`, `model` → `registry`,
-`verdict` → `figures`, `charts` → `tables` → `drawings` → `sections` → `page` → `cli`; each imports only what stands
-before it.
+`store` → `runs` → `statements`, `rules` → `conditions` → `selection` → `fronts`, `effects`, `export`, `model` →
+`registry`, `verdict` → `figures`, `charts` → `tables` → `drawings` → `sections` → `page` → `cli`; each imports only
+what stands before it.
 """
 
 from importlib import import_module
@@ -16,36 +16,47 @@ if TYPE_CHECKING:
     from analysis.fronts import pareto
     from analysis.page import report
     from analysis.registry import fetch_model, register_run
-    from analysis.runs import load_runs
-    from analysis.selection import best, configurations, select_best
+    from analysis.rules import parse_rule
+    from analysis.runs import load_runs, rows_of
+    from analysis.selection import baselines, best, configurations, control_of, named, run_of, select_best
+    from analysis.tables import guarantee
     from analysis.verdict import evaluate_top
 
 __all__ = [
+    "baselines",
     "best",
     "comparison_figure",
     "configurations",
+    "control_of",
     "evaluate_top",
     "export_run",
     "fetch_model",
+    "guarantee",
     "importance",
     "importance_figure",
     "load_runs",
+    "named",
     "pareto",
     "pareto_figure",
+    "parse_rule",
     "register_run",
     "report",
+    "rows_of",
+    "run_of",
     "select_best",
     "verdict_figure",
 ]
 _ROOMS = {
-    "runs": ("load_runs",),
-    "selection": ("best", "configurations", "select_best"),
+    "runs": ("load_runs", "rows_of"),
+    "rules": ("parse_rule",),
+    "selection": ("baselines", "best", "configurations", "control_of", "named", "run_of", "select_best"),
     "fronts": ("pareto",),
     "effects": ("importance",),
     "export": ("export_run",),
     "registry": ("fetch_model", "register_run"),
     "verdict": ("evaluate_top",),
     "figures": ("comparison_figure",),
+    "tables": ("guarantee",),
     "page": ("report",),
     "charts": ("importance_figure", "pareto_figure", "verdict_figure"),
 }

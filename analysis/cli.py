@@ -103,6 +103,8 @@ def best(
     for rule, table in zip(rules, ranked, strict=True):
         title = f"\nbest by {rule.title}: {min(top, len(table))} of {len(table)} configurations"
         print_configurations(table.head(top), rule.metrics, title, "rank")
+        if table.attrs["note"]:
+            console.out.print(table.attrs["note"], markup=False, soft_wrap=True)
     console.out.print()
     _print_comparison(runs, merged)
     for line in (floor_in_words(runs), *control, guarantee(runs)):
@@ -268,7 +270,7 @@ def export(
     trial: Annotated[str | None, typer.Option(help="this one, instead of the best")] = None,
     out: Annotated[Path | None, typer.Option(help="the folder to make; default exports/STUDY/best-RULE")] = None,
     register: Annotated[
-        bool, typer.Option("--register", help="also in MLflow's model registry, with the alias best-RULE")
+        bool, typer.Option("--register", help="also in MLflow's model registry, with the alias best-METRIC")
     ] = False,
     name: Annotated[str | None, typer.Option(help="of the registered model; default the study's")] = None,
     tracking_uri: TrackingUri = None,
@@ -277,7 +279,8 @@ def export(
 ) -> None:
     """Take the best run out of its study: a folder that stands alone, and a registered model; or fetch one back.
 
-    The rule is the study's own objective, unless --by or --weights gives another.
+    Without --by, --weights and --trial each objective of the study is a rule by itself, and each best run is taken.
+    A rule by FID sets the alias best-fid, one by an accuracy best-accuracy.
     """
     from analysis.registry import is_model
 
@@ -286,7 +289,7 @@ def export(
     if not any(map(is_model, source)):
         runs = _load(source, tracking_uri)
         chosen = _chosen(runs, by, weights, epsilon, where, trial)
-        document = {**_head(runs), **_ship(runs, chosen, out, (name or chosen.run["study"]) if register else "", force)}
+        document = {**_head(runs), **_ship(runs, chosen, out, name, force, register)}
     elif len(source) > 1 or by or weights or where or trial or register or epsilon is not None:
         raise InputError(f"{' '.join(source)}: a registered model is fetched as it is, one at a time; no rules with it")
     else:
@@ -462,6 +465,16 @@ def _document(
 # `export`.
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A run to take: the name of its folder, its alias in a registry, if it has one, and what it was selected by."""
+
+    run: "Row"
+    title: str
+    alias: str
+    selected_by: str
+
+
 def _chosen(
     runs: "Runs",
     by: Sequence[str] | None,
@@ -469,39 +482,65 @@ def _chosen(
     epsilon: float | None,
     where: Sequence[str] | None,
     trial: str | None,
-) -> Column:
-    """The run to take, and what it is called."""
+) -> list[Chosen]:
+    """The run that was named, or the best by the rule that was given, or by each of the study's objectives."""
     from analysis import selection
+    from analysis.rules import parse_rule
 
     if trial is not None:
         if by or weights or where or epsilon is not None:
             raise InputError(f"--trial={trial}: names the run; leave the rules out")
-        return Column(trial, selection.named(runs, trial))
-    rule = selection.rule_of(runs, by or (), weights)
-    run = selection.select_best(runs, rule, epsilon=epsilon, where=where or ())
-    return Column(f"best-{rule.slug}", run, rule)
+        return [Chosen(selection.named(runs, trial), trial, "", "name")]
+    asked = [parse_rule(by or (), weights)] if by or weights else list(map(parse_rule, runs.study.objectives))
+    conditions = [*(where or ()), *([f"ε ≤ {epsilon:g}"] if epsilon is not None else [])]
+    under = f", where {' and '.join(conditions)}" if conditions else ""
+    return [
+        Chosen(
+            selection.select_best(runs, rule, epsilon=epsilon, where=where or ()),
+            f"best-{rule.slug}",
+            rule.alias,
+            rule.title + under,
+        )
+        for rule in asked
+    ]
 
 
-def _ship(runs: "Runs", chosen: Column, out: Path | None, name: str, force: bool) -> dict[str, Any]:
-    """Writes the folder, and registers it under a name, if there is one; looks at both before it writes the first."""
-    from analysis.export import default_folder, export_run
-    from analysis.registry import check_place, register_run
+def _ship(
+    runs: "Runs", chosen: Sequence[Chosen], out: Path | None, name: str | None, force: bool, register: bool
+) -> dict[str, Any]:
+    """Writes the folders, and registers them, if it is to; looks at all places before it writes the first."""
+    from analysis.export import check_run, default_folder
+    from analysis.registry import check_place
     from analysis.tables import guarantee
+
+    if out and len(chosen) > 1:
+        raise InputError(f"--out={out}: {len(chosen)} folders are made, one by each objective; give --by or no --out")
+    folders = [out or default_folder(runs) / one.title for one in chosen]
+    _check_targets(force, *folders)
+    for one in chosen:
+        check_run(one.run)
+        if register:
+            check_place(runs, one.run, name=name or one.run["study"], alias=one.alias, force=force)
+    shipped = [_ship_one(runs, one, folder, name, force, register) for one, folder in zip(chosen, folders, strict=True)]
+    words = [*(line for one in shipped for line in one.pop("words")), guarantee(runs)]
+    return {"exports": shipped, "words": words}
+
+
+def _ship_one(runs: "Runs", one: Chosen, folder: Path, name: str | None, force: bool, register: bool) -> dict[str, Any]:
+    from analysis.export import export_run
+    from analysis.registry import register_run
     from dpsink.judging import privacy_line
     from dpsink.records import read_json
 
-    run, alias = chosen.run, chosen.title if chosen.rule else ""
-    selected = chosen.rule.title if chosen.rule else "name"
-    if name:
-        check_place(runs, run, name=name, alias=alias, force=force)
-    folder = export_run(runs, run, out or default_folder(runs) / chosen.title, selected_by=selected, force=force)
-    model = register_run(runs, run, folder, name=name, alias=alias, force=force) if name else None
+    export_run(runs, one.run, folder, selected_by=one.selected_by, force=force)
+    model = None
+    if register:
+        model = register_run(runs, one.run, folder, name=name or "", alias=one.alias, force=force)
     card = read_json(folder / "card.json")
     words = [
-        f"trial {run['trial']} of {run['study']}, selected by {selected}: {privacy_line(card)}",
-        guarantee(runs),
+        f"trial {one.run['trial']} of {one.run['study']}, selected by {one.selected_by}: {privacy_line(card)}",
         f"folder: {folder}",
-        *([f"model:  {model}"] if model else []),
+        *([f"model:  {model}" + (f" (alias {one.alias} set)" if one.alias else " (no alias)")] if model else []),
         f"next:   dpsink sample {folder} --out NAME.npz",
     ]
     return {"folder": str(folder), "model": model, "card": card, "words": words}
@@ -517,7 +556,7 @@ def _fetch(place: str, out: Path | None, tracking_uri: str | None, force: bool) 
     folder = fetch_model(place, out or default_place(place), tracking_uri=uri, force=force)
     card = read_json(folder / "card.json")
     words = [f"{place}: {privacy_line(card)}", f"folder: {folder}", f"next:   dpsink sample {folder} --out NAME.npz"]
-    return {"folder": str(folder), "model": place, "card": card, "words": words}
+    return {"exports": [{"folder": str(folder), "model": place, "card": card}], "words": words}
 
 
 # The others.

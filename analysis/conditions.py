@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from analysis.rules import check_selects
 from dpsink.config import nearest
 from dpsink.errors import InputError
 from tune import schema
@@ -25,7 +26,7 @@ def meeting(table: pd.DataFrame, where: Sequence[str] = (), epsilon: float | Non
         epsilon: the largest ε allowed.
 
     Raises:
-        InputError: a condition that cannot be read, an unknown column, or none is left.
+        InputError: a condition that cannot be read, an unknown column or one of the test split, or none is left.
     """
     asked = [*where, *([f"{schema.EPSILON}<={epsilon!r}"] if epsilon is not None else [])]
     for condition in asked:
@@ -38,6 +39,7 @@ def meeting(table: pd.DataFrame, where: Sequence[str] = (), epsilon: float | Non
 
 def _holds(table: pd.DataFrame, condition: str) -> pd.Series:
     column, sign, text = _parsed(condition)
+    check_selects(column)
     if column not in table.columns:
         raise InputError(f"--where '{condition}': no column '{column}'{nearest(column, map(str, table.columns))}")
     values = table[column]

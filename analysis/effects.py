@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from analysis.conditions import meeting
-from analysis.rules import losses_of, ordered, parse_rule
+from analysis.rules import losses_of, parse_rule
 from analysis.runs import Runs
-from analysis.selection import configurations
+from analysis.selection import ranked_by
 from dpsink.errors import InputError
 
 if TYPE_CHECKING:  # its import takes a second
@@ -87,7 +86,7 @@ def importance(
             configurations that most resamples are tied.
     """
     rule = parse_rule(by or runs.study.objectives[:1])
-    found = ordered(meeting(configurations(runs), where, epsilon), rule)
+    found = ranked_by(runs, rule, epsilon=epsilon, where=where)
     metric = rule.metrics[0]
     losses = losses_of(found, metric)
     searched = dimensions(runs, found)
@@ -101,7 +100,8 @@ def importance(
     rows = [_row(dimension, drawn, len(found), len(searched)) for dimension in searched]
     table = pd.DataFrame(rows).sort_values("fanova", ascending=False, kind="stable").reset_index(drop=True)
     partly = {path: choices for path in _searched(runs) if (choices := _choices_of(runs, found, path))}
-    notes = (_note(len(found), len(searched)), _tied(len(drawn)), *map(_left_out, partly, partly.values()))
+    missing = f"{found.attrs['note']}." if found.attrs["note"] else ""
+    notes = (_note(len(found), len(searched)), _tied(len(drawn)), missing, *map(_left_out, partly, partly.values()))
     note = " ".join(filter(None, notes))
     table.attrs = {"metric": metric, "configurations": len(found), "note": note, "left_out": list(partly)}
     return table

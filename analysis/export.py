@@ -4,7 +4,8 @@
     model.safetensors, state.json   the generator, for `dpsink.checkpoint.load_generator`
     samples.png                     what it makes
     card.json                       its privacy, its metrics, where it comes from
-    statement.json                  the study's privacy statement, which covers the selection
+    statement.json                  the study's privacy statement, which covers the selection; that of all studies, if
+                                    it was chosen among several
     requirements.txt                the packages that it was made with
 
 Nothing in it came from outside the privacy budget: the optimiser's state stays where it is.
@@ -13,18 +14,19 @@ Nothing in it came from outside the privacy budget: the optimiser's state stays 
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from analysis.runs import Row, Runs, metrics_of
-from analysis.store import fetch_artifact
+from analysis.statements import Statement, covering, uncovered
 from dpsink.checkpoint import load_generator
 from dpsink.config import config_sha256, dump_config
 from dpsink.disk import CARD, check_target, drafted
 from dpsink.errors import InputError
 from dpsink.privacy.plan import NON_PRIVATE
-from dpsink.records import CheckpointState, latest_checkpoint, read_json, read_state
+from dpsink.records import STATEMENT, CheckpointState, latest_checkpoint, read_state
 from tune import schema
 
 REQUIREMENTS = "requirements.txt"
@@ -47,7 +49,7 @@ def export_run(runs: Runs, run: Row, out: Path, *, selected_by: str, force: bool
     """
     check_target(out, force=force)
     check_run(run)
-    checkpoint, study = checkpoint_of(run), runs.study_of(run)
+    checkpoint = checkpoint_of(run)
     with drafted(out) as draft:
         draft.mkdir()
         for name in FROM_CHECKPOINT:
@@ -55,11 +57,11 @@ def export_run(runs: Runs, run: Row, out: Path, *, selected_by: str, force: bool
         _, description = load_generator(draft)  # what leaves the house is known to work
         (draft / schema.CONFIG_ARTIFACT).write_text(dump_config(description.config), encoding="utf-8")
         (draft / REQUIREMENTS).write_text(_requirements(), encoding="utf-8")
-        statement = fetch_artifact(runs.tracking_uri, study.run_id, schema.STATEMENT_ARTIFACT, draft)
-        card = _card(runs, run, description) | {"selected_by": selected_by}
-        if statement:  # picking this run was a release too: the study's statement takes the place of the trial's
-            card["statement"] = read_json(statement)
-        (draft / CARD).write_text(json.dumps(card, indent=1, default=str) + "\n", encoding="utf-8")
+        card = _card(runs, run, description, selected_by)
+        # Picking this run was a release too: what covers it takes the place of the trial's own.
+        card["statement"] = covering(runs) or _own(run, card["statement"])
+        _write(draft / STATEMENT, card["statement"])
+        _write(draft / CARD, card)
     return out
 
 
@@ -104,7 +106,19 @@ def _requirements() -> str:
     return "".join(f"{name}=={version(name).partition('+')[0]}\n" for name in PACKAGES)
 
 
-def _card(runs: Runs, run: Row, description: CheckpointState) -> dict[str, Any]:
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=1, default=str) + "\n", encoding="utf-8")
+
+
+def _own(run: Row, told: Statement) -> Statement:
+    """The study's statement as the run's folder has it; else the trial's own, which says that it speaks of no more."""
+    if (Path(run["folder"]) / STATEMENT).exists():
+        return told
+    alone = {"study_epsilon": None, "study_delta": None, "guarantee": "of this trial alone, had nothing been selected"}
+    return {**told, **alone, "not_covered": [uncovered(run["study"]), *told["not_covered"]]}
+
+
+def _card(runs: Runs, run: Row, description: CheckpointState, selected_by: str) -> dict[str, Any]:
     from dpsink.judging import privacy_card
 
     return {
@@ -114,4 +128,5 @@ def _card(runs: Runs, run: Row, description: CheckpointState) -> dict[str, Any]:
         "trial": run["trial"],
         "run_id": run["run_id"],
         "metrics": metrics_of(run),
+        "selected_by": selected_by,
     }

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from analysis.conditions import meeting
-from analysis.rules import called, losses_of
-from analysis.runs import ALL_QUALITY, Runs
-from analysis.selection import configurations
+from analysis.rules import called, check_selects, losses_of
+from analysis.runs import Runs
+from analysis.selection import configurations, left_out_in_words
 from dpsink.config import nearest
 from dpsink.errors import InputError
 from tune import schema
@@ -38,13 +38,15 @@ def pareto(
     Returns:
         As `configurations`, with `on_front` as its first column. `attrs` hold `metrics`; `reference`; `hypervolume`,
         of what the front dominates up to the reference, in the metrics' own units; and `share`, that volume over the
-        box between the reference and the best value of each metric: 1 if one configuration is best in everything.
+        box between the reference and the best value of each metric: 1 if one configuration is best in everything; and
+        `note`, how many have not all of the metrics.
 
     Raises:
-        InputError: an unknown metric, fewer than two or more than three, nothing to compare.
+        InputError: an unknown metric or one on test, fewer than two or more than three, nothing to compare.
     """
     _check(metrics)
-    found = meeting(configurations(runs), where, epsilon).dropna(subset=list(metrics))
+    all_of_them = meeting(configurations(runs), where, epsilon)
+    found = all_of_them.dropna(subset=list(metrics))
     if found.empty:
         raise InputError(f"no configuration has all of {', '.join(metrics)}")
     losses = np.stack([losses_of(found, metric) for metric in metrics], axis=1)
@@ -60,6 +62,7 @@ def pareto(
         "reference": {metric: float(sign * limit) for metric, sign, limit in zip(metrics, signs, worst, strict=True)},
         "hypervolume": volume,
         "share": volume / box if box else float("nan"),
+        "note": left_out_in_words(len(all_of_them) - len(found), len(all_of_them), metrics),
     }
     return made
 
@@ -100,13 +103,14 @@ def pareto_in_words(found: pd.DataFrame) -> str:
     share = "" if math.isnan(told["share"]) else f": {told['share']:.0%} of the box to the best of each"
     return (
         f"{found['on_front'].tolist().count(True)} of {len(found)} configurations are on the front; hypervolume "
-        f"{told['hypervolume']:.4g} up to {reference}{share}"
+        f"{told['hypervolume']:.4g} up to {reference}{share}{told['note'] and '; '}{told['note']}"
     )
 
 
 def _check(metrics: Sequence[str]) -> None:
-    known = (schema.EPSILON, *ALL_QUALITY)
+    known = (schema.EPSILON, *schema.QUALITY)
     for metric in metrics:
+        check_selects(metric)
         if metric not in known:
             raise InputError(f"no metric '{metric}'{nearest(metric, known)}")
     if not 2 <= len(set(metrics)) == len(metrics) <= 3:

@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from PIL import Image
@@ -56,6 +56,7 @@ LARGEST = {  # bytes; a file of an export that is larger is none
     STATEMENT: 16 * MIB,
 }
 _PLACE = re.compile(r"models:/(?P<name>[^/:@]+)(?:@(?P<alias>[\w-]+)|/(?P<version>\d+))")
+Found = TypeVar("Found")
 _REQUIREMENT = re.compile(rf"({'|'.join(PACKAGES)})==[\w.]+")
 
 
@@ -220,15 +221,26 @@ def _parsed(place: str) -> re.Match[str]:
 def _find(client: "MlflowClient", place: str) -> "ModelVersion":
     named = _parsed(place)
     name, alias, number = named["name"], named["alias"], named["version"]
-    known = {model.name: model for model in client.search_registered_models()}
-    if name not in known:
-        hint = nearest(name, known) if known else "; it holds no model"
+    model = _or_none(lambda: client.get_registered_model(name))
+    if model is None:
+        names = _names(client)
+        hint = nearest(name, names) if names else "; it holds no model"
         raise InputError(f"model '{name}' is not registered in {schema.shown_uri(client.tracking_uri)}{hint}")
     found = _aliased(client, name, alias) if alias else _version(client, name, number)
     if found is None:
-        aliases = ", ".join(sorted(known[name].aliases)) or "none"
+        aliases = ", ".join(sorted(model.aliases)) or "none"
         raise InputError(f"{place}: no such version; the aliases of '{name}' are: {aliases}")
     return found
+
+
+def _names(client: "MlflowClient") -> list[str]:
+    """Of all registered models, page by page."""
+    page = client.search_registered_models()
+    names = [model.name for model in page]
+    while page.token:
+        page = client.search_registered_models(page_token=page.token)
+        names += [model.name for model in page]
+    return names
 
 
 def _aliased(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | None":
@@ -239,7 +251,7 @@ def _version(client: "MlflowClient", name: str, number: str) -> "ModelVersion | 
     return _or_none(lambda: client.get_model_version(name, number))
 
 
-def _or_none(ask: "Callable[[], ModelVersion]") -> "ModelVersion | None":
+def _or_none(ask: Callable[[], Found]) -> Found | None:
     """None where MLflow answers that there is none; a registry that does not answer is an error."""
     from mlflow.exceptions import MlflowException
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.runs import ALL_QUALITY
 from dpsink.config import nearest
 from dpsink.errors import InputError
 from tune import schema
@@ -45,6 +44,12 @@ class Rule:
         return ", then ".join(within)
 
     @property
+    def alias(self) -> str:
+        """In the registry: `best-fid`, `best-accuracy`, by the main metric; a weighted sum has one of its own."""
+        main = "accuracy" if self.metrics[0].startswith("accuracy") else self.metrics[0]
+        return f"best-{self.slug if self.weighted else main}"
+
+    @property
     def slug(self) -> str:
         """For the name of a folder."""
         return "-".join((*(("weighted",) if self.weighted else ()), *self.metrics))
@@ -58,7 +63,7 @@ def parse_rule(by: str | Sequence[str] = (), weights: str | None = None) -> Rule
         weights: `METRIC=WEIGHT,…`; the sum is maximised, so that FID wants a negative weight.
 
     Raises:
-        InputError: an unknown metric, no number, a metric twice, or both ways at once.
+        InputError: an unknown metric or one on test, no number, a metric twice, or both ways at once.
     """
     words = [by] if isinstance(by, str) else list(by)
     if bool(words) == (weights is not None):
@@ -70,10 +75,22 @@ def parse_rule(by: str | Sequence[str] = (), weights: str | None = None) -> Rule
     return rule
 
 
+def check_selects(metric: str) -> None:
+    """Refuses what judges: whoever selects by the test split has nothing left that tells what the selection is worth.
+
+    Raises:
+        InputError: so it is.
+    """
+    if metric.startswith(schema.TEST_PREFIX):
+        bare = metric.removeprefix(schema.TEST_PREFIX)
+        raise InputError(f"'{metric}' may not select: the test split judges what validation chose; give '{bare}'")
+
+
 def _term(word: str, mark: str) -> tuple[str, float]:
     metric, given, number = word.strip().partition(mark)
-    if metric not in ALL_QUALITY:
-        raise InputError(f"no metric '{metric}'{nearest(metric, ALL_QUALITY)}")
+    check_selects(metric)
+    if metric not in schema.QUALITY:
+        raise InputError(f"no metric '{metric}'{nearest(metric, schema.QUALITY)}")
     try:
         value = float(number) if given else 0.0
     except ValueError:
@@ -93,10 +110,10 @@ def ordered(table: pd.DataFrame, rule: Rule) -> pd.DataFrame:
     """
     having = table.dropna(subset=list(rule.metrics))
     if having.empty:
-        had = [name for name in ALL_QUALITY if bool(table[name].notna().any())]
+        had = [name for name in schema.QUALITY if bool(table[name].notna().any())]
         missing = [name for name in rule.metrics if name not in had]
         raise InputError(f"none has the metric '{', '.join(missing or rule.metrics)}'; they have {', '.join(had)}")
-    features = [name for name in rule.metrics if name.removeprefix(schema.TEST_PREFIX) in FROM_FEATURES]
+    features = [name for name in rule.metrics if name in FROM_FEATURES]
     if features and len(set(having["fid_extractor"])) > 1:
         raise InputError(f"'{features[0]}' with different FID extractors cannot be ranked; rank by accuracy")
     having = having.sort_values([schema.EPSILON, "study", "trial"], kind="stable")

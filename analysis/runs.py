@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -46,6 +46,7 @@ class StudyFacts:
 
     Attributes:
         run_id: of the study's run in MLflow.
+        seeds: trials of each configuration, baselines included.
         searched: paths of the search space.
         space: path to its distribution, as the study file writes it; empty if the study does not tell.
         statement: single values of the ledger's last statement; empty before the first.
@@ -59,6 +60,7 @@ class StudyFacts:
     experiment_id: str
     target_epsilon: float
     delta: float
+    seeds: int
     data_name: str
     data_fingerprint: str
     extractor: str
@@ -126,8 +128,8 @@ def load_runs(studies: str | Sequence[str], tracking_uri: str | None = None) -> 
         tracking_uri: by default the one that the first study names, $MLFLOW_TRACKING_URI, or sqlite in `studies`.
 
     Raises:
-        InputError: MLflow does not answer, a study is not known, or the studies are of different data or δ, so that
-            nothing about them can be compared.
+        InputError: MLflow does not answer, a study is not known or half written, or the studies are of different data
+            or δ, so that nothing about them can be compared.
     """
     asked = [_resolve(study) for study in ([studies] if isinstance(studies, str) else studies)]
     if not asked:
@@ -153,6 +155,16 @@ def default_uri(storage: Path) -> str:
 def rows_of(table: pd.DataFrame) -> list[Row]:
     """A table's rows, in its order."""
     return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+
+
+def file_of(study: StudyFacts, name: str) -> Path | None:
+    """A file of a study's folder, where that is at hand; of no other folder, since a store may name any."""
+    folder = Path(study.folder or "")
+    record, file = folder / "study.json", folder / name
+    if not study.folder or not record.is_file() or not file.is_file():
+        return None
+    ours = read_json(record).get("study_id") == study.study_id and file.resolve().is_relative_to(folder.resolve())
+    return file if ours else None
 
 
 def metrics_of(run: Row) -> dict[str, float]:
@@ -186,6 +198,18 @@ def _pick(parents: list[StoredRun], tag: str, value: str, uri: str) -> StoredRun
 
 
 def _facts(run: StoredRun) -> StudyFacts:
+    """What the study's run says; one that is half written, while its study starts or after a kill, says too little."""
+    try:
+        return _read_facts(run)
+    except (KeyError, ValueError) as error:
+        name = run.tags.get(schema.STUDY_NAME_TAG, run.run_id)
+        raise InputError(
+            f"study '{name}': its run in MLflow is not whole ({' '.join(str(error).split())}); try again when it has "
+            "started, or write it anew: dpsink-tune track STUDY"
+        ) from None
+
+
+def _read_facts(run: StoredRun) -> StudyFacts:
     params, tags = run.params, run.tags
 
     def names(field: str) -> tuple[str, ...]:
@@ -198,17 +222,25 @@ def _facts(run: StoredRun) -> StudyFacts:
         experiment_id=run.experiment_id,
         target_epsilon=float(params[f"{schema.STUDY_PARAM}target_epsilon"]),
         delta=float(params[f"{schema.STUDY_PARAM}delta"]),
+        seeds=int(params.get(f"{schema.STUDY_PARAM}seeds", 1)),
         data_name=params[f"{schema.STUDY_PARAM}data_name"],
         data_fingerprint=tags[schema.FINGERPRINT_TAG],
         extractor=tags[schema.EXTRACTOR_TAG],
         objectives=names("objectives"),
         searched=names("searched"),
-        space=json.loads(tags.get(schema.SPACE_TAG, "{}")),
-        statement=json.loads(tags.get(schema.STATEMENT_TAG, "{}")),
-        floor=json.loads(tags.get(schema.FLOOR_TAG, "{}")),
+        space=_object(tags.get(schema.SPACE_TAG, "{}")),
+        statement=_object(tags.get(schema.STATEMENT_TAG, "{}")),
+        floor=_object(tags.get(schema.FLOOR_TAG, "{}")),
         folder=tags.get(schema.FOLDER_TAG),
         repeats=tags.get(schema.REPEATS_TAG),
     )
+
+
+def _object(text: str) -> dict[str, Any]:
+    found = json.loads(text)
+    if not isinstance(found, dict):
+        raise ValueError(f"{text[:40]} is no JSON object")
+    return found
 
 
 def _check_alike(studies: Sequence[StudyFacts]) -> None:
@@ -236,7 +268,7 @@ def _sort_out(rows: list[Row], facts: dict[str, StudyFacts]) -> pd.DataFrame:
     for row in rows:
         study = facts[row["study_id"]]
         row["reason"], row["detail"] = _problem(row, study, extractor, row["study_id"] in here) or (None, None)
-    _reject_incomplete(rows)
+    _reject_incomplete(rows, facts)
     order = {study_id: position for position, study_id in enumerate(facts)}
     rows.sort(key=lambda row: (order[row.pop("study_id")], str(row["trial"])))
     return _typed(rows)
@@ -262,17 +294,19 @@ def _problem(row: Row, study: StudyFacts, extractor: str, here: bool) -> tuple[s
     return next(((reason, detail or "") for holds, reason, detail in rules if holds), None)
 
 
-def _reject_incomplete(rows: Iterable[Row]) -> None:
-    """The mean of the seeds that went well would flatter a configuration: one seed set apart takes the others along."""
-    rows = list(rows)
-    bad: dict[tuple[str, str], Row] = {}
+def _reject_incomplete(rows: Sequence[Row], facts: dict[str, StudyFacts]) -> None:
+    """The mean of the seeds that went well would flatter a configuration: it counts if all have, or not at all."""
+    configurations: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        if row["reason"]:
-            bad.setdefault((row["study_id"], row["config_id"]), row)
-    for row in rows:
-        other = bad.get((row["study_id"], row["config_id"]))
-        if other is not None and not row["reason"]:
-            row["reason"], row["detail"] = "beside another seed", f"{other['trial']}: {other['reason']}"
+        configurations.setdefault((row["study_id"], row["role"], row["config_id"]), []).append(row)
+    for mine in configurations.values():
+        planned = facts[mine[0]["study_id"]].seeds
+        bad = next((row for row in mine if row["reason"]), None)
+        for row in mine:
+            if bad and not row["reason"]:
+                row["reason"], row["detail"] = "beside another seed", f"{bad['trial']}: {bad['reason']}"
+            elif not bad and len(mine) < planned:
+                row["reason"], row["detail"] = "without all its seeds", f"{len(mine)} of {planned}"
 
 
 def _typed(rows: list[Row]) -> pd.DataFrame:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -21,7 +20,7 @@ from analysis.effects import dimensions, importance
 from analysis.figures import grid_of
 from analysis.fronts import METRICS, pareto, pareto_in_words
 from analysis.rules import called, ordered
-from analysis.runs import Row, Runs, StudyFacts, rows_of
+from analysis.runs import Row, Runs, StudyFacts, file_of, rows_of
 from analysis.selection import (
     SHOWN,
     baseline_configurations,
@@ -33,14 +32,14 @@ from analysis.selection import (
     run_of,
     usual_rules,
 )
-from analysis.store import fetch_artifact, fetch_history
+from analysis.statements import Statement, statement_of
+from analysis.store import fetch_history, find_runs
 from analysis.tables import REJECTED, floor_in_words, guarantee, rounded_up, with_error
 from analysis.verdict import read_verdict
 from dpsink.config import read_yaml
 from dpsink.console import metric_text
 from dpsink.errors import InputError
 from dpsink.privacy.plan import NON_PRIVATE
-from dpsink.records import read_json
 from tune import schema
 
 if TYPE_CHECKING:
@@ -204,20 +203,15 @@ def _alarms(runs: Runs) -> list[str]:
     return alarms
 
 
-def _statement(runs: Runs, study: StudyFacts, section: Section) -> dict[str, Any]:
-    """Of the tag, and the lists that stand in the artifact alone."""
-    if not study.statement:
-        section.notes.append(f"study {study.name} has written no statement yet")
+def _statement(runs: Runs, study: StudyFacts, section: Section) -> Statement:
     try:
-        with TemporaryDirectory() as folder:
-            path = fetch_artifact(runs.tracking_uri, study.run_id, schema.STATEMENT_ARTIFACT, Path(folder))
-            return (read_json(path) if path else {}) | study.statement
+        return statement_of(runs, study)
     except InputError as error:
         section.notes.append(f"the statement's conditions are missing: {error}")
         return study.statement
 
 
-def _promised(runs: Runs, study: StudyFacts, statement: dict[str, Any]) -> list[list[str]]:
+def _promised(runs: Runs, study: StudyFacts, statement: Statement) -> list[list[str]]:
     mine = [row for row in rows_of(runs.table) if row["study"] == study.name]
     told = statement.get("accountants")
     accountants = (
@@ -263,6 +257,7 @@ def _best(material: Material, section: Section) -> None:
     section.words.append(f"F{floor_in_words(runs)[1:]}.")
     for rule in usual_rules(runs):
         ranked = ranked_by(runs, rule)
+        section.notes += [f"{rule.title}: {ranked.attrs['note']}"] if ranked.attrs["note"] else []
         title = f"Best by {rule.title}: {min(TOP, len(ranked))} of {len(ranked)} configurations"
         listed = [(str(row["rank"]), row) for row in rows_of(ranked.head(TOP))]
         section.tables.append(_quality_table(title, [*listed, *material.beside], rule.metrics))
@@ -477,10 +472,11 @@ def _compared(material: Material, section: Section) -> None:
     section.words += dict.fromkeys(control_in_words(runs, row) for row in best)
     published = told.get(runs.study.data_name, [])
     with_fid = runs.study.extractor.startswith("inception")
-    rows = [_own_row(f"best by {row['by']}: {row['trial']}", row, with_fid) for row in best]
-    rows += [_own_row(CONTROL, row, with_fid) for row in control]
+    delta = runs.study.delta
+    rows = [_own_row(f"best by {row['by']}: {row['trial']}", row, delta, with_fid) for row in best]
+    rows += [_own_row(CONTROL, row, delta, with_fid) for row in control]
     kinds = ["" for _ in best] + ["control" for _ in control]
-    columns = ("", "ε", "FID", "LogReg", "MLP", "CNN", "variety", "recall", "on")
+    columns = ("", "ε", "δ", "FID", "LogReg", "MLP", "CNN", "variety", "recall", "on")
     if not published:
         section.words.append(f"No figures of {runs.study.data_name} are published that could stand beside these.")
     rows += [_published_row(row) for row in published]
@@ -489,26 +485,27 @@ def _compared(material: Material, section: Section) -> None:
     if published:
         sources = {row["source"] for row in published}
         section.lists.append(("Sources", [text for name, text in told["sources"].items() if name in sources]))
-        section.notes.append(
-            "the publications tell neither variety nor recall; their δ is 1e-5, 60,000 samples are judged on test"
-        )
+        section.notes.append("the publications tell neither variety nor recall; 60,000 samples are judged on test")
+        section.notes += [text for name, text in told["conditions"].items() if name == runs.study.data_name]
     if not with_fid:
         section.notes.append(f"FID here is of the features of {runs.study.extractor}, no published one: it is left out")
 
 
-def _own_row(head: str, row: Row, with_fid: bool) -> list[str]:
+def _own_row(head: str, row: Row, delta: float, with_fid: bool) -> list[str]:
     """On test where it was judged there, else on validation."""
     on_test = _has(row, schema.TEST_PREFIX + "accuracy")
     prefix, split = (schema.TEST_PREFIX, "test") if on_test else ("", "validation")
     numbers = [metric_text(row.get(prefix + name)) for name in (*COMPARED, "variety", "recall")]
-    return [head, metric_text(row[schema.EPSILON]), numbers[0] if with_fid else "–", *numbers[1:], split]
+    fid = numbers[0] if with_fid else "–"
+    return [head, metric_text(row[schema.EPSILON]), f"{delta:g}", fid, *numbers[1:], split]
 
 
 def _published_row(row: dict[str, Any]) -> list[str]:
-    epsilon = NON_PRIVATE if row["epsilon"] is None else metric_text(row["epsilon"])
+    private = row["epsilon"] is not None
     return [
         row["method"],
-        epsilon,
+        metric_text(row["epsilon"]) if private else NON_PRIVATE,
+        f"{row['delta']:g}" if private else "–",
         *(metric_text(row[name]) for name in ("fid", "logreg", "mlp", "cnn")),
         "–",
         "–",
@@ -533,7 +530,7 @@ def _span(row: Row) -> str:
 
 def _reproduce(material: Material, section: Section) -> None:
     runs = material.runs
-    commands = [shlex.join(["dpsink-tune", "sweep", f"{study.name}.yaml"]) for study in runs.studies]
+    commands = [shlex.join(_command(runs, study)) for study in runs.studies]
     names = [study.name for study in runs.studies]
     commands.append(
         shlex.join(["dpsink-analysis", "report", *names, "--tracking-uri", schema.shown_uri(runs.tracking_uri)])
@@ -545,24 +542,24 @@ def _reproduce(material: Material, section: Section) -> None:
         "resumes it."
     )
     for study in runs.studies:
-        text = _study_file(study)
-        if text:
-            section.code.append((f"{study.name}.yaml", text))
+        if file := file_of(study, "study.yaml"):
+            section.code.append((f"{study.name}.yaml", file.read_text(encoding="utf-8")))
         else:
             section.notes.append(
                 f"the study file of {study.name} is not here: it is study.yaml in {study.folder or 'its folder'}"
             )
 
 
-def _study_file(study: StudyFacts) -> str | None:
-    """The study file; only from what is this study's folder, since a store may name any."""
-    folder = Path(study.folder or "")
-    record, file = folder / "study.json", folder / "study.yaml"
-    if not study.folder or not record.is_file() or not file.is_file():
-        return None
-    if read_json(record).get("study_id") != study.study_id or not file.resolve().is_relative_to(folder.resolve()):
-        return None
-    return file.read_text(encoding="utf-8")
+def _command(runs: Runs, study: StudyFacts) -> list[str]:
+    """What ran, or runs on, a study."""
+    if study.repeats is None:
+        return ["dpsink-tune", "sweep", f"{study.name}.yaml"]
+    known = find_runs(runs.tracking_uri, schema.KIND_TAG, [schema.KIND_STUDY])
+    names = {one.tags.get(schema.STUDY_ID_TAG): one.tags.get(schema.STUDY_NAME_TAG) for one in known}
+    first = names.get(study.repeats) or "STUDY"
+    mine = runs.table[(runs.table["study"] == study.name) & (runs.table["role"] == schema.ROLE_SEARCH)]
+    options = ["--top", str(len(set(mine["config_id"]))), "--seeds", str(study.seeds), "--name", study.name]
+    return ["dpsink-tune", "repeat", first, *options]
 
 
 SECTIONS: tuple[tuple[str, Callable[[Material, Section], None]], ...] = (

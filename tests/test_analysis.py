@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -21,9 +22,11 @@ from typer.testing import CliRunner, Result
 from analysis import export
 from analysis.cli import app, main
 from analysis.export import export_run
+from analysis.page import render
 from analysis.rules import ordered, parse_rule
 from analysis.runs import Row, Runs, load_runs, rows_of
 from analysis.selection import baselines, best, comparable, select_best
+from analysis.tables import guarantee
 from dpsink.checkpoint import load_generator
 from dpsink.config import load_config
 from dpsink.errors import InputError
@@ -175,10 +178,6 @@ def test_accuracy_is_maximised(runs: Runs) -> None:
     assert chosen(runs, "accuracy")["trial"] == "useful"
 
 
-def test_metrics_on_the_test_split_rank_only_the_runs_that_have_them(runs: Runs) -> None:
-    assert list(best(runs, "test_accuracy")["trial"]) == ["sharp"]
-
-
 def test_baselines_are_not_selected_from(runs: Runs) -> None:
     assert set(best(runs, "accuracy")["role"]) == {schema.ROLE_SEARCH}
     assert [run["trial"] for run in baselines(runs)] == ["class-mean", "paper"]
@@ -225,6 +224,69 @@ def test_an_export_carries_its_settings_samples_metrics_and_the_statement_that_c
     assert card["metrics"]["test_accuracy"] == 0.69
     assert card["statement"] == STATEMENT
     assert json.loads((out / "statement.json").read_text()) == STATEMENT
+
+
+def card_of(folder: Path) -> dict[str, Any]:
+    """The card of an export; its statement is the one that `dpsink sample` finds."""
+    card = json.loads((folder / "card.json").read_text())
+    assert card["statement"] == json.loads((folder / "statement.json").read_text())
+    return card
+
+
+def test_an_export_chosen_among_several_studies_carries_all_their_statements_and_their_sum(
+    database: str, tmp_path: Path
+) -> None:
+    runs = load_runs(["digits", "ties"], database)
+    told = card_of(export_run(runs, chosen(runs, "fid"), tmp_path / "out", selected_by="fid"))["statement"]
+    assert told["studies"] == {"digits": STATEMENT, "ties": STATEMENT}
+    assert told["study_epsilon"] == pytest.approx(2 * STATEMENT["study_epsilon"])
+    assert told["study_delta"] == pytest.approx(2 * STATEMENT["study_delta"])
+    assert (told["assumptions"], told["policy"]) == (["one", "two"], "compose_all")
+
+
+def test_among_several_studies_one_without_a_claim_leaves_none_for_all(runs: Runs, tmp_path: Path) -> None:
+    silent = replace(runs.study, name="silent", study_id="id-silent", run_id=run_without_artifacts(runs), statement={})
+    both = replace(runs, studies=(*runs.studies, silent))
+    told = card_of(export_run(both, chosen(runs, "fid"), tmp_path / "out", selected_by="fid"))["statement"]
+    assert told["study_epsilon"] is None
+    assert told["not_covered"][0].startswith("the selection among the trials of study silent: no statement")
+
+
+def run_without_artifacts(runs: Runs) -> str:
+    return str(runs.rejected.set_index("trial").loc["i-silent", "run_id"])
+
+
+@pytest.mark.parametrize("there", ["artifact", "folder", "tag", "nothing"])
+def test_the_statement_is_taken_from_the_best_place_that_is_left(runs: Runs, tmp_path: Path, there: str) -> None:
+    folder = tmp_path / "study"
+    folder.mkdir()
+    (folder / "study.json").write_text(json.dumps({"study_id": runs.study.study_id}))
+    (folder / "statement.json").write_text(json.dumps(STATEMENT | {"assumptions": ["of the folder"]}))
+    study = replace(
+        runs.study,
+        run_id=runs.study.run_id if there == "artifact" else run_without_artifacts(runs),
+        folder=str(folder) if there == "folder" else None,
+        statement={} if there == "nothing" else {"policy": "compose_all", "study_epsilon": 31.4159},
+    )
+    left = replace(runs, studies=(study,))
+    told = card_of(export_run(left, chosen(runs, "fid"), tmp_path / "out", selected_by="fid"))["statement"]
+    wanted = {"artifact": ["one", "two"], "folder": ["of the folder"], "tag": None}
+    if there == "nothing":
+        assert told["study_epsilon"] is None and told["guarantee"] == "of this trial alone, had nothing been selected"
+        assert told["not_covered"][0].startswith("the selection among the trials of study digits: no statement")
+    else:
+        assert (told["study_epsilon"], told.get("assumptions")) == (31.4159, wanted[there])
+
+
+def test_studies_of_which_one_claims_nothing_have_no_claim_together(runs: Runs) -> None:
+    silent = replace(runs.study, name="silent", study_id="id-silent", statement=STATEMENT | {"study_epsilon": None})
+    assert guarantee(replace(runs, studies=(*runs.studies, silent))).endswith("no claim for the studies together")
+
+
+def test_a_study_without_a_statement_is_told_what_is_not_covered(runs: Runs) -> None:
+    bare = replace(runs, studies=(replace(runs.study, statement={}),))
+    assert "without a statement: the selection among its trials is not covered" in guarantee(bare)
+    assert "the selection among its trials is not covered" in render(bare)
 
 
 def test_an_export_has_no_optimiser(runs: Runs, tmp_path: Path) -> None:
@@ -422,7 +484,13 @@ def test_every_command_ends_with_code_2_where_all_runs_are_rejected(
         (("pareto", "digits", "--metric", "fid"), "two or three"),
         (("pareto", "digits", "--reference", "fid"), "METRIC=NUMBER"),
         (("importance", "digits"), "needs 5 configurations, it has 2"),
-        (("evaluate-top", "digits", "--by", "test_fid"), "may not select"),
+        (("evaluate-top", "digits", "--by", "test_fid"), "'test_fid' may not select: the test split judges"),
+        (("best", "digits", "--by", "test_accuracy"), "may not select"),
+        (("best", "digits", "--weights", "test_fid=-1"), "may not select"),
+        (("best", "digits", "--where", "test_accuracy>0.5"), "may not select"),
+        (("pareto", "digits", "--metric", "test_fid", "--metric", "accuracy"), "may not select"),
+        (("importance", "digits", "--by", "test_fid"), "may not select"),
+        (("export", "digits", "--by", "test_fid"), "may not select"),
         (("best", "digits", "nothing"), "study 'nothing' is not in"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 import sys
@@ -73,6 +74,24 @@ def test_there_are_five_questions_each_with_a_line_of_python_and_a_command_and_t
     assert asked == ["runs", "best", "pareto", "importance", "evaluate-top", "report", "export", "export"]
 
 
+def test_a_notebook_takes_the_best_with_one_line_and_sees_what_stands_beside_it() -> None:
+    runs = analysis.load_runs("quickstart")
+    run = analysis.select_best(runs, "fid")
+    (row,) = analysis.rows_of(analysis.best(runs, "fid").head(1))
+    control = analysis.control_of(runs, run)
+    assert run["trial"] == analysis.run_of(runs, row)["trial"] == analysis.named(runs, "t5")["trial"] == "t5"
+    assert run["run_id"] == analysis.select_best(runs, analysis.parse_rule("fid"))["run_id"]
+    assert [one["trial"] for one in analysis.baselines(runs)] == ["class-mean"]
+    assert control is None  # none of its generators is one
+    assert analysis.guarantee(runs).startswith("each trial ε ≤ 10")
+
+
+def test_every_name_that_the_document_calls_is_of_the_package() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8").partition("## All of it on one page")[0]
+    called = set(re.findall(r"`(\w+)(?:\([^`]*\))?`", text.partition("**Beside these.**")[2]))
+    assert called - set(analysis.__all__) == set()
+
+
 def test_every_name_of_the_package_leads_to_a_function() -> None:
     assert all(callable(getattr(analysis, name)) for name in analysis.__all__)
     with pytest.raises(AttributeError, match="no attribute 'bset'"):
@@ -83,5 +102,6 @@ def test_the_document_names_every_reason() -> None:
     """Reasons are literals of analysis/runs.py; the document's table has a row for each."""
     text, source = DOCUMENT.read_text(encoding="utf-8"), (ROOT / "analysis" / "runs.py").read_text(encoding="utf-8")
     reasons = ["stopped early", "without epsilon", "above the target epsilon", "on other data", "beside another seed"]
+    reasons += ["without all its seeds"]
     reasons += ["with another FID extractor", "without its objective", "without its files", "unfinished"]
     assert [reason for reason in reasons if f'"{reason}"' not in source or f"`{reason}`" not in text] == []

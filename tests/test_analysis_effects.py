@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from analysis.charts import importance_figure
-from analysis.effects import MATTERS, NOISE, importance
+from analysis.effects import MATTERS, NOISE, Dimension, _advice, importance
 from analysis.page import render
 from analysis.runs import Runs, load_runs
 from dpsink.errors import InputError
@@ -75,6 +75,21 @@ def test_shares_of_the_parameters_and_of_chance_add_up_to_at_most_one(found: pd.
 def test_the_best_at_the_edge_of_the_range_say_widen(found: pd.DataFrame) -> None:
     assert str(found.loc[LR, "advice"]).startswith("widen above: the best lie around 0.00")
     assert "of [0.0001, 0.01]" in str(found.loc[LR, "advice"])
+
+
+ADVICE = [  # where the best of a range from 0.0001 to 0.01 lie, by logarithm
+    (np.linspace(0.35, 0.65, 12), "narrow to [0.000501, 0.002] of [0.0001, 0.01]"),
+    (np.linspace(0.7, 1.0, 12), "widen above: the best lie around 0.0050"),
+    (np.linspace(0.0, 0.3, 12), "widen below: the best lie around 0.0002"),
+    (np.linspace(0.1, 0.9, 12), "keep"),
+]
+
+
+@pytest.mark.parametrize(("best", "wanted"), ADVICE)
+def test_what_to_search_next_follows_from_where_the_best_lie(best: np.ndarray, wanted: str) -> None:
+    positions = np.concatenate([best, np.linspace(0, 1, 36)])  # the best quarter comes first
+    dimension = Dimension(LR, positions, 1e-4, 1e-2, True, None, True)
+    assert _advice(dimension, MATTERS, enough=True).startswith(wanted)
 
 
 def test_the_same_seed_gives_the_same_numbers(database: Path, few: pd.DataFrame) -> None:

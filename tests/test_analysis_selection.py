@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from analysis.conditions import meeting
+from analysis.fronts import pareto, pareto_in_words
 from analysis.rules import ordered, parse_rule
 from analysis.runs import Row, Runs, load_runs
 from analysis.selection import best, configurations, control_in_words, run_of, select_best
@@ -82,6 +83,28 @@ def test_a_configuration_with_a_seed_set_apart_is_set_apart_whole(loaded: Loaded
     assert list(best(runs, "accuracy")["config_id"]) == ["b"]
     assert runs.rejected_counts == "2 beside another seed, 1 diverged"
     assert set(runs.rejected["detail"]) == {"a2: diverged", ""}
+
+
+def test_a_configuration_short_of_a_seed_does_not_compete(loaded: Loaded) -> None:
+    runs = loaded([*STEADY, trial("c0", accuracy=0.99)], [study_run("one", seeds=2)])
+    assert list(best(runs, "accuracy")["config_id"]) == ["b"]
+    assert list(runs.rejected[["trial", "reason", "detail"]].loc[0]) == ["c0", "without all its seeds", "1 of 2"]
+
+
+def test_a_baseline_of_the_same_settings_is_no_seed_of_a_configuration(loaded: Loaded) -> None:
+    same = trial_run("one", "baseline-x", {"accuracy": 0.5}, config="c0", role=schema.ROLE_BASELINE)
+    runs = loaded([trial("c0"), same], [study_run("one", seeds=2)])
+    assert runs.rejected_counts == "2 without all its seeds"
+
+
+def test_a_metric_that_a_seed_lacks_ranks_no_configuration_and_is_said_to(loaded: Loaded) -> None:
+    runs = loaded([*STEADY, trial("c0", "c", fid=1.0), trial("c1", "c")])
+    ranked = best(runs, "fid")
+    assert list(ranked["config_id"]) == ["b"]
+    assert ranked.attrs["note"] == "1 of 2 configurations are left out: not all of their seeds have FID"
+    assert "1 of 2 configurations are left out: not all" in pareto_in_words(pareto(runs, ["fid", "accuracy"]))
+    partly = configurations(runs).set_index("config_id").loc["c"]
+    assert math.isnan(partly["fid"]) and math.isnan(partly["fid_se"])
 
 
 def test_the_run_to_take_is_the_best_seed_of_the_best_configuration(loaded: Loaded) -> None:

@@ -15,11 +15,13 @@ import pytest
 from mlflow import MlflowClient
 
 from analysis import store
+from analysis.fronts import pareto
 from analysis.registry import fetch_model
 from analysis.runs import NUMBERS, TEXTS, Runs, load_runs
+from analysis.selection import best
 from analysis.store import find_runs
 from dpsink.errors import InputError
-from tests.stores import Run, control_run, large_study, study_run, trial_run, write_runs
+from tests.stores import SEEDS, Run, control_run, large_study, study_run, trial_run, write_runs
 from tune import schema
 
 MANY = 10_000
@@ -52,6 +54,14 @@ def written(empty_database: tuple[Path, str], tmp_path: Path) -> Written:
 def few(study: str = "few") -> list[Run]:
     metrics = {"accuracy": 0.7, "fid": math.nan, "kid": 0.1 + 0.2}
     return [study_run(study), *(trial_run(study, f"t{index}", metrics) for index in range(3)), control_run(study, {})]
+
+
+def test_best_and_front_of_ten_thousand_runs_take_five_seconds(large: tuple[Runs, float]) -> None:
+    runs, _ = large
+    started = time.process_time()
+    assert len(best(runs, ["accuracy:0.01", "fid"])) == MANY / SEEDS
+    assert 0 < pareto(runs)["on_front"].tolist().count(True) < MANY / SEEDS
+    assert time.process_time() - started <= 5
 
 
 def test_ten_thousand_runs_load_within_five_seconds(large: tuple[Runs, float]) -> None:
@@ -138,6 +148,26 @@ def test_a_file_that_is_not_mlflow_s_is_told_in_one_line_and_stays_as_it_is(
         load_runs("few", uri) if ask == "runs" else fetch_model("models:/a@b", tmp_path / "out", tracking_uri=uri)
     assert "\n" not in str(caught.value)
     assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]
+
+
+def halved(run: Run, what: str) -> Run:
+    """A study's run as a killed writer, or a stranger, leaves it."""
+    if what == "no params":
+        return run._replace(params={})
+    broken = {schema.SPACE_TAG: "{", schema.STATEMENT_TAG: "[1]"}
+    return run._replace(tags=run.tags | {what: broken[what]})
+
+
+@pytest.mark.parametrize("what", ["no params", schema.SPACE_TAG, schema.STATEMENT_TAG])
+def test_a_study_s_run_that_is_half_written_is_told_in_one_line(written: Written, what: str) -> None:
+    study, *trials = few()
+    with pytest.raises(InputError, match="study 'few': its run in MLflow is not whole") as caught:
+        load_runs("few", written(halved(study, what), *trials))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_half_written_study_does_not_keep_another_from_being_read(written: Written) -> None:
+    assert load_runs("few", written(halved(study_run("young"), "no params"), *few())).name == "few"
 
 
 def test_studies_of_different_data_are_not_compared(written: Written) -> None:

@@ -157,6 +157,19 @@ def test_a_result_is_not_replaced_without_force(runs: Runs, judged: list[dict[st
     assert len(judged) == 2
 
 
+@pytest.mark.parametrize("name", ["result.json", "result.csv"])
+def test_no_file_of_a_result_is_replaced_without_force_and_nothing_is_measured(
+    runs: Runs, judged: list[dict[str, Any]], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / name).write_text("mine")
+    with pytest.raises(InputError, match=rf"{name}: exists.*--force"):
+        evaluate_top(runs, top=1, seeds=2, out=tmp_path / "mine")
+    assert (tmp_path / "mine" / name).read_text() == "mine" and judged == []
+    evaluate_top(runs, top=1, seeds=2, out=tmp_path / "mine", force=True)
+    assert (tmp_path / "mine" / name).read_text() != "mine"
+
+
 def test_progress_counts_what_is_left(runs: Runs, judged: list[dict[str, Any]]) -> None:
     told: list[tuple[int, int, str]] = []
     evaluate_top(runs, top=2, seeds=2, on_progress=lambda *now: told.append(now))
@@ -186,7 +199,7 @@ def test_where_all_files_are_gone_nothing_is_judged(runs: Runs, judged: list[dic
 
 
 def test_the_test_split_may_not_select_and_judge(runs: Runs) -> None:
-    with pytest.raises(InputError, match="may not select what the test split is to judge"):
+    with pytest.raises(InputError, match="may not select: the test split judges"):
         evaluate_top(runs, "test_accuracy")
 
 

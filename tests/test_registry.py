@@ -8,9 +8,12 @@ import os
 import pickle
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +28,7 @@ from analysis.cli import main
 from analysis.export import FILES, export_run
 from analysis.model import LabelledImages
 from analysis.registry import CONTENT_TAG, DATA, digest, fetch_model, register_run
+from analysis.rules import parse_rule
 from analysis.runs import Runs, load_runs
 from analysis.selection import named
 from dpsink.checkpoint import load_generator
@@ -228,9 +232,69 @@ def test_a_study_is_exported_registered_and_fetched_back(
 
 def test_without_a_rule_the_study_s_objective_decides(command: Callable[..., tuple[int, str, str]]) -> None:
     code, printed, _ = command("digits", "--json")
-    document = json.loads(printed)
-    assert (code, document["card"]["trial"], document["model"]) == (0, "useful", None)
-    assert document["folder"] == "exports/digits/best-accuracy"
+    (export,) = json.loads(printed)["exports"]
+    assert (code, export["card"]["trial"], export["model"]) == (0, "useful", None)
+    assert export["folder"] == "exports/digits/best-accuracy"
+
+
+def test_a_study_of_two_objectives_sets_both_aliases_at_once(
+    command: Callable[..., tuple[int, str, str]], client: MlflowClient, home: Path, uri: str
+) -> None:
+    place, objectives = home / "double", ("fid", "accuracy")
+    rebuild(make_study(place, FAKES[:2], uri, name="double", study_id="id-double", objectives=objectives))
+    code, printed, _ = command("double", "--register")
+    assert code == 0 and "(alias best-fid set)" in printed and "(alias best-accuracy set)" in printed
+    for alias, trial in (("best-fid", "sharp"), ("best-accuracy", "useful")):
+        assert client.get_model_version_by_alias("double", alias).tags[schema.TRIAL_ID_TAG] == trial
+
+
+def test_two_folders_are_not_put_into_one(
+    command: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: Runs
+) -> None:
+    twofold = replace(runs, studies=(replace(runs.study, objectives=("fid", "accuracy")),))
+    monkeypatch.setattr("analysis.runs.load_runs", lambda *_: twofold)
+    code, _, error = command("digits", "--out", "one")
+    assert code == 2 and "--out=one: 2 folders are made, one by each objective" in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("by", "weights", "alias"),
+    [
+        (["fid"], None, "best-fid"),
+        (["accuracy"], None, "best-accuracy"),
+        (["accuracy_cnn"], None, "best-accuracy"),
+        (["accuracy:0.01", "fid"], None, "best-accuracy"),
+        (["kid"], None, "best-kid"),
+        ([], "accuracy=1,fid=-0.02", "best-weighted-accuracy-fid"),
+    ],
+)
+def test_the_alias_follows_the_main_metric_of_the_rule(by: list[str], weights: str | None, alias: str) -> None:
+    assert parse_rule(by, weights).alias == alias
+
+
+def test_conditions_are_part_of_what_a_run_was_selected_by(
+    command: Callable[..., tuple[int, str, str]], client: MlflowClient
+) -> None:
+    words = ("--by", "accuracy", "--where", "fid<30", "--epsilon", "9.9", "--register", "--name", "bound", "--json")
+    code, printed, _ = command("digits", *words)
+    (export,) = json.loads(printed)["exports"]
+    assert (code, export["card"]["trial"]) == (0, "sharp")
+    assert export["card"]["selected_by"] == "accuracy, where fid<30 and ε ≤ 9.9"
+    told = client.get_model_version_by_alias("bound", "best-accuracy").description
+    assert "Selected by accuracy, where fid<30 and ε ≤ 9.9 in study digits" in str(told)
+
+
+def test_a_model_is_found_among_more_than_a_page_of_them(home: Path, tmp_path: Path) -> None:
+    uri = f"sqlite:///{shutil.copyfile(home / 'mlflow.db', tmp_path / 'mlflow.db')}"
+    with closing(sqlite3.connect(tmp_path / "mlflow.db")) as connection, connection:
+        rows = [(f"a{index:03d}", 0, 0) for index in range(150)]  # MLflow shows a hundred, by name
+        connection.executemany(
+            "insert into registered_models (name, creation_time, last_updated_time) values (?, ?, ?)", rows
+        )
+    assert fetch_model("models:/digits@best-fid", tmp_path / "back", tracking_uri=uri).is_dir()
+    with pytest.raises(InputError, match="did you mean 'digits'"):
+        fetch_model("models:/digit@best-fid", tmp_path / "other", tracking_uri=uri)
 
 
 def test_a_fetched_folder_makes_a_data_set(home: Path, uri: str, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tune.lock import only_one
 from tune.preflight import check_study
 from tune.repeat import earlier_study, repetition
 from tune.search import config_id, make_record
-from tune.study import load_study
+from tune.study import Study, load_study
 
 RATES = {"trial-0001": (0.001, 0.7), "trial-0002": (0.002, 0.9), "trial-0003": (0.003, 0.8)}  # lr, accuracy
 FILE: dict[str, Any] = {
@@ -82,17 +82,30 @@ def test_a_repetition_has_fixed_costs_and_one_for_every_seed(first: StudyFolder)
     assert len(terms.planned) == 3 * (1 + 2)
 
 
+def begin(first: StudyFolder, again: Study) -> None:
+    """Writes the folder of a repetition, as the driver does first."""
+    record = first.read_study().model_copy(update={"repeats": earlier_study(first.path)})
+    StudyFolder(first.path.parent / "first-repeat").write_study(record, again.to_yaml())
+
+
+def test_the_repetition_of_an_older_study_in_the_same_place_is_not_gone_on_with(first: StudyFolder) -> None:
+    begin(first, repetition(str(first.path), top=2, seeds=3))
+    newer = first.read_study().model_copy(update={"study_id": "id-newer"})
+    first.write_study(newer, (first.path / "study.yaml").read_text())
+    with pytest.raises(InputError, match="study first-repeat: exists"):
+        repetition(str(first.path), top=2, seeds=3)
+
+
 def test_the_same_repetition_asked_for_again_is_the_one_that_was_begun(first: StudyFolder) -> None:
     again = repetition(str(first.path), top=2, seeds=3)
-    there = StudyFolder(first.path.parent / "first-repeat")
-    there.write_study(first.read_study(), again.to_yaml())
+    begin(first, again)
     first.end_trial("trial-0002", TrialEnd(state="failed"))  # would choose others now
     assert repetition(str(first.path), top=2, seeds=3) == again
 
 
 def test_another_repetition_under_the_same_name_is_refused(first: StudyFolder) -> None:
     again = repetition(str(first.path), top=2, seeds=3)
-    StudyFolder(first.path.parent / "first-repeat").write_study(first.read_study(), again.to_yaml())
+    begin(first, again)
     with pytest.raises(InputError, match="exists, of 2 configurations with 3 seeds"):
         repetition(str(first.path), top=1, seeds=3)
 

@@ -29,9 +29,10 @@ import tune.cli
 from analysis import cli
 from analysis.page import TEMPLATES, render, report
 from analysis.runs import Runs, load_runs, rows_of
+from analysis.sections import PUBLISHED
 from analysis.selection import best, configurations, control_of
 from analysis.verdict import RESULT, default_place
-from dpsink.config import TrialConfig, load_config
+from dpsink.config import TrialConfig, load_config, read_yaml
 from dpsink.console import metric_text
 from dpsink.errors import InputError
 from dpsink.privacy.plan import NON_PRIVATE
@@ -545,17 +546,34 @@ def test_sealed_study_s_report_shows_nothing_of_the_losers(written: Written) -> 
 # The published figures, the verdict, the command.
 
 
-@pytest.mark.parametrize("data", ["mnist", "fashion_mnist"])
+PUBLISHED_ROWS = [  # data, method, ε, δ, FID, LogReg, MLP, CNN
+    ("mnist", "DP-Sinkhorn, m = 1", "10", "1e-05", "61.2", "0.795", "0.802", "0.832"),
+    ("mnist", "DP-Sinkhorn, as later papers quote it", "10", "1e-05", "48.4", "0.828", "0.827", "0.832"),
+    ("mnist", "DP-Sinkhorn, independent rerun", "10", "1e-05", "78", "0.776", "0.77", "0.796"),
+    ("mnist", "DP-Sinkhorn, independent rerun", "1", "1e-05", "100", "0.669", "0.615", "0.619"),
+    ("fashion_mnist", "DP-Sinkhorn, m = 1", "10", "1e-05", "145.1", "0.73", "0.728", "0.693"),
+    ("fashion_mnist", "DP-Sinkhorn, independent rerun", "1", "1e-05", "216.2", "0.626", "0.58", "0.563"),
+    ("celeba", "DP-Sinkhorn", "10", "1e-06", "168.4", "–", "0.762", "0.758"),
+    ("celeba", "real data", NON_PRIVATE, "–", "1.1", "–", "0.919", "0.95"),
+    ("celeba", "DPDM", "10", "1e-06", "21.1", "–", "–", "–"),
+]
+
+
+@pytest.mark.parametrize("data", ["mnist", "fashion_mnist", "celeba"])
 def test_published_figures_stand_beside_runs_of_the_same_data(written: Written, data: str) -> None:
-    known = {
-        "mnist": ["10", "61.2", "0.795", "0.802", "0.832"],
-        "fashion_mnist": ["10", "145.1", "0.73", "0.728", "0.693"],
-    }
     page = render(written(*few(study_run("paper", data_name=data), "paper")))
     part = section(page, "Beside the control and the published figures")
-    (row,) = [row for row in cells(next(part.all("table"))) if row[0] == "DP-Sinkhorn, m = 1"]
-    assert row[1:6] == known[data]
-    assert "arXiv 2111.01177" in part.text
+    shown = [row[:7] for row in cells(next(part.all("table")))]
+    assert [row[1:] for row in PUBLISHED_ROWS if row[0] == data and list(row[1:]) not in shown] == []
+    assert "arXiv 2111.01177" in part.text and ("label" in part.text) == (data == "celeba")
+
+
+def test_every_published_figure_has_a_source_and_where_it_is_private_both_epsilon_and_delta() -> None:
+    told = read_yaml(PUBLISHED)
+    rows = [row for data in ("mnist", "fashion_mnist", "celeba") for row in told[data]]
+    assert {row["source"] for row in rows} == set(told["sources"])
+    assert [row for row in rows if (row["epsilon"] is None) != (row["delta"] is None)] == []
+    assert all(0 < row[name] < 1 for row in rows for name in ("logreg", "mlp", "cnn") if row[name] is not None)
 
 
 def test_published_figures_stay_away_from_other_data(clean: str) -> None:
@@ -570,12 +588,13 @@ def test_fid_stands_beside_the_published_one_of_the_same_features_only(
     study, *trials = few(study_run("paper", tags={schema.EXTRACTOR_TAG: extractor}, data_name="mnist"), "paper")
     trials = [run._replace(tags=run.tags | {schema.EXTRACTOR_TAG: extractor}) for run in trials]
     part = section(render(written(study, *trials)), "Beside the control and the published figures")
-    assert cells(next(part.all("table")))[1][2] == shown
+    assert cells(next(part.all("table")))[1][3] == shown
 
 
 def write_verdict(runs: Runs, trial: str, **more: float) -> Path:
     (row,) = [one for one in rows_of(runs.accepted) if one["trial"] == trial]
     judged = {name: row[name] for name in ("study", "config_id", "trial", "epsilon")} | {
+        "study_id": runs.study_of(row).study_id,
         "rank": 1, "selected": 0.8, "judged": 0.777, "judged_low": 0.75, "judged_high": 0.8, "probability_best": 1.0,
         "test_variety": 0.5, "test_recall": 0.4,
     } | more  # fmt: skip
@@ -609,6 +628,14 @@ def test_verdict_on_other_runs_is_not_taken_for_these(uri: str) -> None:
     assert "is about other runs than these" in text and "It holds." not in text
 
 
+def test_verdict_on_a_study_of_the_same_name_is_not_taken_for_this_one(uri: str) -> None:
+    """A study whose folder was removed and begun anew has the same names and paths, and another id."""
+    runs = load_runs("clean", uri)
+    path = write_verdict(runs, "useful")
+    path.write_text(path.read_text().replace('"study_id": "id-clean"', '"study_id": "id-older"'))
+    assert "is about other runs than these" in section(render(runs), "Is the best really the best?").text
+
+
 def test_reader_is_told_what_has_not_been_judged_again(clean: str) -> None:
     assert "dpsink-analysis evaluate-top clean" in section(clean, "Is the best really the best?").text
 
@@ -623,11 +650,24 @@ def test_commands_that_reproduce_it_parse_and_tell_no_password(place: Path, clea
     assert [shlex.split(line)[1] for line in lines] == ["sweep", "report"]
     secret = Runs(runs.studies, "http://me:hunter2@host:5000", runs.table)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("fetch_artifact", "fetch_history"):
+        for name in ("statement_of", "fetch_history"):
             patch.setattr(f"analysis.sections.{name}", lambda *_: {})
         patch.setattr("analysis.sections.grid_of", lambda *_: None)
         told = render(secret)
     assert "hunter2" not in told and "http://host:5000" in told
+
+
+def test_study_that_repeats_another_is_reproduced_by_the_command_that_made_it(written: Written) -> None:
+    again = study_run("again", tags={schema.REPEATS_TAG: "id-first"}, seeds=2)
+    trials = [trial_run("again", f"t{index}", {"accuracy": 0.8}, config=f"c{index // 2}") for index in range(4)]
+    runs = written(*few(study_run("first"), "first"), again, *trials)
+    code = section(render(load_runs(["first", "again"], runs.tracking_uri)), "How to reproduce this")
+    lines = next(code.all("pre")).text
+    assert "dpsink-tune sweep first.yaml dpsink-tune repeat first --top 2 --seeds 2 --name again" in lines
+    get_command(tune.cli.app).commands["repeat"].make_context(  # pyright: ignore[reportAttributeAccessIssue]
+        "repeat", shlex.split("first --top 2 --seeds 2 --name again")
+    )
+    assert "dpsink-tune repeat first --top 2" in render(load_runs("again", runs.tracking_uri))
 
 
 def test_promises_of_several_studies_are_summed(uri: str) -> None:

@@ -145,8 +145,9 @@ def _is_control(baseline: dict[str, Any]) -> bool:
 
 def _begun(there: StudyFolder, first: StudyFolder, top: int, seeds: int) -> Study:
     """A repetition that was begun, to go on with."""
-    study = load_study(there.path / "study.yaml")
-    if study.repeats != first.path or (study.configurations, study.seeds) != (top, seeds):
+    study, repeats = load_study(there.path / "study.yaml"), there.read_study().repeats
+    same = repeats is not None and repeats.study_id == first.read_study().study_id  # a folder's name is given again
+    if study.repeats != first.path or not same or (study.configurations, study.seeds) != (top, seeds):
         raise InputError(
             f"study {study.name}: exists, of {study.configurations} configurations with {study.seeds} seeds of "
             f"{study.repeats}; ask for the same to go on with it, or give another --name"

@@ -141,7 +141,8 @@ def track(
     """Rebuild a study's runs in MLflow from its folder; safe to repeat."""
     from tune.folder import StudyFolder
     from tune.lock import only_one
-    from tune.schema import shown_uri, told_when_lost
+    from tune.outage import told_when_lost
+    from tune.schema import shown_uri
     from tune.tracking import rebuild
 
     console.set_up_logging(log_level)

@@ -34,6 +34,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpsink.errors import InputError
+from tune.versions import require_same
 from tune.wire import packed
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ def run_packed(config: dict[str, Any], packing: Packing) -> None:
     Args:
         config: as for `tune.trainable.run_trial`.
     """
+    require_same(config["versions"])  # its engine is of this node, too
     client = _Client(config, packing)
     while True:
         try:

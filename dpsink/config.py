@@ -21,6 +21,8 @@ from dpsink.errors import InputError
 
 Model = TypeVar("Model", bound=BaseModel)
 
+TOLD = 5  # mistakes at once
+
 BUILT_IN = ("digits", "mnist", "fashion_mnist", "cifar10", "svhn", "celeba")
 OWN = ("folder:", "npz:")
 # Without a validation_size: 0, the paper's protocol.
@@ -340,7 +342,7 @@ def set_path(tree: dict[str, Any], path: str, value: Any) -> None:
 
 
 def validate(model: type[Model], tree: Mapping[str, Any], *, source: str) -> Model:
-    """Builds a settings model, or raises one line that says which value broke which rule."""
+    """Builds a settings model, or raises one line that says which values broke which rules."""
     try:
         return model.model_validate(tree)
     except ValidationError as error:
@@ -349,16 +351,20 @@ def validate(model: type[Model], tree: Mapping[str, Any], *, source: str) -> Mod
 
 def _explain(model: type[BaseModel], error: ValidationError) -> str:
     details = error.errors()
-    # An unknown key explains the errors that follow from it: tell it first.
-    first = next((one for one in details if one["type"] == "extra_forbidden"), details[0])
-    location = [str(part) for part in first["loc"]]
+    # Unknown keys explain the errors that follow from them.
+    told = [one for one in details if one["type"] == "extra_forbidden"] or details
+    more = f" (and {len(told) - TOLD} more)" if len(told) > TOLD else ""
+    return "; ".join(_explain_one(model, one) for one in told[:TOLD]) + more
+
+
+def _explain_one(model: type[BaseModel], detail: Mapping[str, Any]) -> str:
+    location = [str(part) for part in detail["loc"]]
     path = ".".join(part for part in location if part not in _union_tags())
-    if first["type"] == "extra_forbidden":
+    if detail["type"] == "extra_forbidden":
         return f"unknown key '{path}'{_nearest(location[-1], _names_at(model, location[:-1]))}"
-    message = first["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(first.get("input"), dict) or not path else f"={first.get('input')!r}"
-    more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-    return f"{path}{shown}: {message}{more}" if path else f"{message}{more}"
+    message = detail["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(detail.get("input"), dict) or not path else f"={detail.get('input')!r}"
+    return f"{path}{shown}: {message}" if path else message
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

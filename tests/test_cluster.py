@@ -196,15 +196,13 @@ def test_no_garbage_is_collected_while_ray_ends(monkeypatch: pytest.MonkeyPatch)
 
 
 def node(name: str, gpus: float, cuda: int) -> Node:
-    return Node(
-        name=name, versions={}, cpus=8, gpus=gpus, cuda=cuda, free_memory=2**33, fingerprint="", tokens=()
-    )  # fmt: skip
+    return Node(name=name, versions={}, cpus=8, gpus=gpus, cuda=cuda, free_memory=2**33, fingerprint="")
 
 
 def preflight(tmp_path: Path, found: list[Node], grows: bool = False, **resources: float) -> Preflight:
     study = Study.model_validate({"name": "any", "resources": resources, "storage": tmp_path})
-    made = Preflight(study, tmp_path, grows=grows)
-    made.__dict__["_cluster"] = found
+    made = Preflight(study, tmp_path, address="auto" if grows else None)
+    made._cluster = found
     return made
 
 
@@ -217,18 +215,18 @@ def test_check_finds_a_node_whose_gpu_has_no_driver(tmp_path: Path) -> None:
 
 def test_check_names_nodes_that_no_trial_fits_on(tmp_path: Path) -> None:
     assert (
-        "with room for 1 trials at a time; none on head"
-        in preflight(tmp_path, [node("head", 0, 0), node("gpu", 1, 1)], gpu=1)._nodes()
+        preflight(tmp_path, [node("head", 0, 0), node("gpu", 1, 1)], gpu=1)._room()
+        == "for 1 trials at a time; none on head"
     )
 
 
 def test_check_lets_a_cluster_grow_from_none_if_the_study_says_how_far(tmp_path: Path) -> None:
     head = [node("head", 0, 0)]
     with pytest.raises(InputError, match=r"set resources\.concurrency to what it may grow to"):
-        preflight(tmp_path, head, grows=True, gpu=1)._nodes()
-    assert preflight(tmp_path, head, grows=True, gpu=1, concurrency=8)._nodes().startswith("1 with room for 0")
+        preflight(tmp_path, head, grows=True, gpu=1)._room()
+    assert preflight(tmp_path, head, grows=True, gpu=1, concurrency=8)._room().startswith("for 0 of 8 trials")
     with pytest.raises(InputError, match="fit on no node"):
-        preflight(tmp_path, head, gpu=1, concurrency=8)._nodes()
+        preflight(tmp_path, head, gpu=1, concurrency=8)._room()
 
 
 # A process that was given up, and does not know it.

@@ -1,10 +1,11 @@
 """Settings: one tree, YAML in and out, and errors that say what to do."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from dpsink.config import TrialConfig, config_sha256, dump_config, flatten, load_config
+from dpsink.config import TrialConfig, config_sha256, dump_config, flatten, load_config, validate
 from dpsink.errors import InputError
 
 
@@ -81,3 +82,22 @@ def test_bad_yaml_names_the_file(tmp_path: Path, text: str) -> None:
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         load_config(tmp_path / "absent.yaml")
+
+
+def refusal(tree: dict[str, Any]) -> str:
+    """The one line with which a trial's settings are refused."""
+    with pytest.raises(InputError) as caught:
+        validate(TrialConfig, tree, source="trial")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    message = refusal({"optimizer": {"lr": -1}, "privacy": {"delta": 2, "noise_multiplier": 3}})
+    assert "optimizer.lr=-1" in message and "privacy.delta=2" in message
+    unknown = refusal({"optimiser": {}, "seeds": 3, "privacy": {"delta": 2}})
+    assert "'optimiser'" in unknown and "'seeds'" in unknown and "delta" not in unknown
+
+
+def test_of_many_mistakes_the_first_are_told_and_the_rest_counted() -> None:
+    assert "(and 2 more)" in refusal({f"unknown{number}": 1 for number in range(7)})

@@ -12,6 +12,7 @@ import time
 from functools import cache
 from itertools import count
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -681,3 +682,11 @@ def test_statement_of_the_filter_names_its_order():
 def test_statement_takes_up_further_assumptions(folder):
     with open_ledger(folder) as ledger:
         assert "the test split is public" in ledger.statement(1.0, assumptions=["the test split is public"]).text()
+
+
+@pytest.mark.parametrize("shape", ["logarithmic", "geometric"])
+def test_drawn_number_exceeds_its_quantile_as_seldom_as_it_says(shape: Literal["logarithmic", "geometric"]) -> None:
+    law = Selection(20, shape)
+    most = law.quantile(0.9)
+    above = sum(law.draw() > most for _ in range(2000))
+    assert above <= 2000 * 0.1 + 5 * 14  # five standard deviations

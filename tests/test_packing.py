@@ -36,6 +36,7 @@ from tune.packing import GpuEngine, LeaseLost, LeaseRanOut, News, Packing, closi
 from tune.search import make_record
 from tune.study import Resources, Study, load_study
 from tune.sweep import run_study
+from tune.versions import deciding_versions
 from tune.wire import unpacked
 
 SLOW = pytest.mark.slow
@@ -422,7 +423,9 @@ def fit(
 
     names = [record.name for record in folder.trials()]
     fingerprint = load_dataset(DataConfig()).fingerprint
-    given = {"folder": str(folder.path), "data_root": NOWHERE, "fingerprint": fingerprint}
+    given = {
+        "folder": str(folder.path), "data_root": NOWHERE, "fingerprint": fingerprint, "versions": deciding_versions()
+    }  # fmt: skip
     tuner = tune.Tuner(
         tune.with_resources(client, {"cpu": 1, "gpu": 1 / 4}),
         param_space=given | {"trial": tune.grid_search(names)},

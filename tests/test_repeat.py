@@ -84,7 +84,7 @@ def test_a_repetition_has_fixed_costs_and_one_for_every_seed(first: StudyFolder)
 
 def begin(first: StudyFolder, again: Study) -> None:
     """Writes the folder of a repetition, as the driver does first."""
-    record = first.read_study().model_copy(update={"repeats": earlier_study(first.path)})
+    record = first.read_study().model_copy(update={"repeats": earlier_study(first.path, "first-repeat")})
     StudyFolder(first.path.parent / "first-repeat").write_study(record, again.to_yaml())
 
 
@@ -136,7 +136,7 @@ def test_the_first_studys_claim_is_remembered(first: StudyFolder) -> None:
     assert (earlier.study_id, earlier.epsilon, earlier.delta) == ("id-first", 12.5, 5e-5)
 
 
-def begin(first: StudyFolder, name: str, own: float, *, spent: float, finished: bool) -> None:
+def claimed(first: StudyFolder, name: str, own: float, *, spent: float, finished: bool) -> None:
     """A repetition as it stands in its folder; its own part of ε is `own`."""
     earlier = earlier_study(first.path, name)
     folder = StudyFolder(first.path.parent / name)
@@ -148,8 +148,8 @@ def begin(first: StudyFolder, name: str, own: float, *, spent: float, finished: 
 
 
 def test_a_second_repetition_counts_the_first_one_too(first: StudyFolder) -> None:
-    begin(first, "once", 2.0, spent=1.5, finished=True)
-    begin(first, "twice", 3.0, spent=2.5, finished=True)
+    claimed(first, "once", 2.0, spent=1.5, finished=True)
+    claimed(first, "twice", 3.0, spent=2.5, finished=True)
     earlier = earlier_study(first.path, "thrice")
     assert earlier.name == "digits-study with its repetition once, twice"
     assert earlier.epsilon is not None and 17.5 <= earlier.epsilon < 17.500001
@@ -158,17 +158,17 @@ def test_a_second_repetition_counts_the_first_one_too(first: StudyFolder) -> Non
 
 
 def test_a_repetition_that_goes_on_counts_with_all_that_it_may_spend(first: StudyFolder) -> None:
-    begin(first, "once", 2.0, spent=0.5, finished=False)
+    claimed(first, "once", 2.0, spent=0.5, finished=False)
     assert earlier_study(first.path, "twice").spent == pytest.approx(12.5 + 2)
 
 
 def test_a_repetition_that_is_gone_on_with_does_not_count_itself(first: StudyFolder) -> None:
-    begin(first, "once", 2.0, spent=0.5, finished=False)
+    claimed(first, "once", 2.0, spent=0.5, finished=False)
     assert earlier_study(first.path, "once").epsilon == 12.5
 
 
 def test_what_follows_a_repetition_without_privacy_is_without_privacy(first: StudyFolder) -> None:
-    begin(first, "once", math.inf, spent=math.inf, finished=True)
+    claimed(first, "once", math.inf, spent=math.inf, finished=True)
     assert earlier_study(first.path, "twice").epsilon == math.inf
 
 

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -141,7 +141,8 @@ def track(
     """Rebuild a study's runs in MLflow from its folder; safe to repeat."""
     from tune.folder import StudyFolder
     from tune.lock import only_one
-    from tune.schema import shown_uri, told_when_lost
+    from tune.outage import told_when_lost
+    from tune.schema import shown_uri
     from tune.tracking import rebuild
 
     console.set_up_logging(log_level)
@@ -166,18 +167,17 @@ def check(
     console.set_up_logging()
     study = load_study(study_file)
     from tune.check import Preflight, look
-    from tune.nodes import cluster
 
-    preflight, findings = Preflight(study, data_root, grows=address is not None), []
-    with cluster(address):
+    findings = []
+    with closing(Preflight(study, data_root, address=address)) as preflight:
         for finding in look((*preflight.quick(), *preflight.thorough())):
             findings.append(finding)
             if not as_json:
-                mark = "ok     " if finding.ok else "problem"
-                console.out.print(f"{mark}  {finding.name + ':':<15} {finding.text}", markup=False, soft_wrap=True)
+                words = f"{finding.mark:<8} {finding.name + ':':<15} {finding.text}"
+                console.out.print(words, markup=False, soft_wrap=True)
     if as_json:
         console.print_json([asdict(finding) for finding in findings])
-    if problems := sum(not finding.ok for finding in findings):
+    if problems := sum(finding.made and not finding.ok for finding in findings):
         console.fail(f"{problems} of {len(findings)} checks found a problem", console.BAD_INPUT)
 
 

@@ -1,26 +1,33 @@
 """Memory of a trial's process: `python -m tune.footprint` reads a `Sketch` and takes two steps on random images."""
 
+import math
 import resource
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpsink.config import Strict, TrialConfig
 from dpsink.errors import InputError
+from tune.study import Resources
 
 if TYPE_CHECKING:  # it takes seconds
-    from dpsink.data import LabelledImages
+    from dpsink.data import ImageData, LabelledImages
 
 STEPS = 2
+CLIENT = 200 * 2**20  # bytes of the process of a trial that an engine trains: 180 MB were measured
+CONTEXT = 700 * 2**20  # bytes of a GPU that a process takes for CUDA's context and libraries: assumed, not measured
 
 
 class Sketch(Strict):
-    """A trial and the size of its data: all that its memory depends on. No image is looked at."""
+    """Trials and the size of their data: all that their memory depends on. No image is looked at."""
 
-    config: TrialConfig
+    configs: tuple[TrialConfig, ...]  # one after the other; the largest counts
+    slots: int  # trials of each, side by side in the process
+    padded: bool  # whether steps have fixed shapes, as on a GPU
     shape: tuple[int, int, int]
     num_classes: int
     records: int
@@ -30,10 +37,32 @@ class Sketch(Strict):
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a trial takes, in bytes: memory of its process at most, and on the disk."""
+    """What a process that trains takes, in bytes.
+
+    Attributes:
+        memory: at most.
+        tensors: the part of it that images, weights, steps and scores take; on a GPU they lie in its memory.
+        files: on the disk, of one trial.
+    """
 
     memory: int
+    tensors: int
     files: int
+
+
+def host_need(taken: Footprint, resources: Resources, trials: int) -> int:
+    """Bytes of a node's memory that so many trials at a time need."""
+    if resources.sharing == 1:
+        return trials * taken.memory
+    engines = math.ceil(trials / resources.per_gpu) if resources.gpu else min(trials, 1)
+    return engines * taken.memory + trials * CLIENT
+
+
+def gpu_need(taken: Footprint, resources: Resources) -> int:
+    """Bytes of one GPU's memory that the trials on it need: in one engine, or each in a process of its own."""
+    at_once = min(resources.per_gpu, resources.concurrency or resources.per_gpu)
+    processes = 1 if resources.sharing > 1 else at_once
+    return processes * (CONTEXT + taken.tensors)
 
 
 def footprint(sketch: Sketch) -> Footprint:
@@ -52,25 +81,42 @@ def footprint(sketch: Sketch) -> Footprint:
             )
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise InputError(f"a trial cannot take a step: {last}; make it smaller")
-    memory, checkpoint = done.stdout.split()
-    return Footprint(int(memory), int(checkpoint))
+    return Footprint(*map(int, done.stdout.split()))
 
 
 def _measure(sketch: Sketch) -> Footprint:
     """Takes steps here; the process is used up by that."""
+    import tune.trainable  # noqa: F401 (a trial's process holds it too)
     from dpsink.data import ImageData
-    from dpsink.training import train, use_threads
+    from dpsink.training import use_threads
 
     resource.setrlimit(resource.RLIMIT_DATA, (sketch.limit, sketch.limit))  # loading fails with other words
     use_threads(1)
+    before = _peak()
     others = _random_images(sketch, sketch.others)
     data = ImageData("random", _random_images(sketch, sketch.records), others, others, "random")
+    written = max(_train(config, sketch, data) for config in sketch.configs)
+    return Footprint(_peak(), _peak() - before, written)
+
+
+def _train(config: TrialConfig, sketch: Sketch, data: "ImageData") -> int:
+    """Takes the first steps of trials side by side; returns the bytes that one wrote."""
+    from dpsink.config import Performance
+    from dpsink.training import TrialRun, train_together
+
+    performance = Performance(threads=1, slots=sketch.slots, graphs="on" if sketch.padded else "auto")
     asked = iter(range(STEPS))
-    with tempfile.TemporaryDirectory() as place:
-        for _ in train(sketch.config, data, Path(place), should_stop=lambda: next(asked, None) is None):
+    with tempfile.TemporaryDirectory() as place, ExitStack() as opened:
+        folders = [Path(place) / str(slot) for slot in range(sketch.slots)]
+        runs = [opened.enter_context(TrialRun.open(config, data, folder)) for folder in folders]
+        for _ in train_together(runs, performance=performance, should_stop=lambda: next(asked, None) is None):
             pass
-        written = sum(path.stat().st_size for path in Path(place).rglob("*"))
-    return Footprint(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, written)
+        return sum(path.stat().st_size for path in folders[0].rglob("*"))
+
+
+def _peak() -> int:
+    """Bytes of memory that this process has had at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _random_images(sketch: Sketch, count: int) -> "LabelledImages":
@@ -84,4 +130,4 @@ def _random_images(sketch: Sketch, count: int) -> "LabelledImages":
 
 if __name__ == "__main__":
     found = _measure(Sketch.model_validate_json(sys.stdin.read()))
-    print(found.memory, found.files)
+    print(found.memory, found.tensors, found.files)

@@ -1,19 +1,20 @@
 """What each node of a cluster has: packages, memory, a graphics card, the data, the storage."""
 
 import gc
-import platform
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from dpsink.config import DataConfig, Strict
 from dpsink.errors import InputError
 from tune.room import free_memory
+from tune.shared import can_be_read, try_out
+from tune.versions import versions
 
-PACKAGES = ("dpsink", "torch", "ray", "numpy", "opacus", "dp-accounting", "pydantic", "safetensors")
-PATIENCE = 300.0  # seconds that a node may take to load the data
+PATIENCE = 300.0  # seconds that the nodes may take to load the data
 
 
 class Node(Strict):
@@ -24,15 +25,11 @@ class Node(Strict):
     cpus: float
     gpus: float
     cuda: int  # GPUs that PyTorch can use
+    gpu_memory: tuple[int, ...] = ()  # bytes free on each; none where its driver does not tell
     free_memory: int  # bytes
-    fingerprint: str  # of the data; an error's words where they cannot be loaded
-    tokens: tuple[str, ...]  # found in the storage
+    fingerprint: str  # of the data; empty where they cannot be loaded
     problem: str = ""  # with the data
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of what trials compute with, in this process."""
-    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    storage: str = ""  # what it cannot do in the storage
 
 
 @contextmanager
@@ -75,37 +72,49 @@ def leave_ray() -> None:
             gc.enable()
 
 
-def ask_nodes(data: DataConfig, root: Path, storage: Path) -> list[Node]:
+def ask_nodes(data: DataConfig, root: Path, place: Path) -> list[Node]:
     """Asks every node, each in a task that is pinned to it; needs a running Ray.
 
     Args:
         root: folder of the data, the same on all nodes.
-        storage: of the study; the nodes look for files in it.
+        place: `tune.shared.meeting_place` of the study's storage.
 
     Raises:
-        InputError: a node does not answer.
+        InputError: nodes that do not answer, by their names.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    pinned = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
     # Ray hides all GPUs from who has asked for none, unless it is told not to.
     seeing = {"env_vars": {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}}
     task = ray.remote(num_cpus=0, max_retries=0, runtime_env=seeing)(_look_around)
-    answers = [task.options(scheduling_strategy=place).remote(data, root, storage) for place in pinned]
-    try:
-        told: Sequence[dict[str, Any]] = ray.get(answers, timeout=PATIENCE)
-    except Exception as error:
-        last = str(error).strip().splitlines()[-1]
-        raise InputError(f"a node of the cluster does not answer: {last[:200]}; is dpsink installed on it?") from None
-    return [
-        Node(name=node["NodeManagerHostname"], cpus=_of(node, "CPU"), gpus=_of(node, "GPU"), **answer)
-        for node, answer in zip(nodes, told, strict=True)
+    pinned = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    asked = [
+        task.options(scheduling_strategy=pin).remote(data, root, place, node["NodeID"])
+        for node, pin in zip(nodes, pinned, strict=True)
     ]
+    deadline, answers, silent = time.monotonic() + PATIENCE, [], []
+    for node, answer in zip(nodes, asked, strict=True):
+        try:
+            told: Any = ray.get(answer, timeout=max(0.0, deadline - time.monotonic()))
+            answers.append(_node(node, told, place))
+        except Exception as error:
+            silent.append(f"{node['NodeManagerHostname']} does not answer ({_last_words(error)})")
+    if silent:
+        raise InputError(f"{'; '.join(silent)}; is the same dpsink installed there?")
+    return answers
 
 
-def _look_around(data: DataConfig, root: Path, storage: Path) -> dict[str, Any]:
+def _node(node: dict[str, Any], told: dict[str, Any], place: Path) -> Node:
+    """A node by what Ray knows of it and what it told."""
+    unread = "leaves files that cannot be read here"
+    storage = told.pop("storage") or ("" if can_be_read(place, node["NodeID"]) else unread)
+    cpus, gpus = (float(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU"))
+    return Node(name=node["NodeManagerHostname"], cpus=cpus, gpus=gpus, storage=storage, **told)
+
+
+def _look_around(data: DataConfig, root: Path, place: Path, own: str) -> dict[str, Any]:
     """What a node can tell; runs there."""
     import torch
 
@@ -117,21 +126,28 @@ def _look_around(data: DataConfig, root: Path, storage: Path) -> dict[str, Any]:
     except InputError as error:
         problem = str(error)
     return {
-        "versions": versions(),
+        "versions": dict(versions()),
         "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "gpu_memory": free_gpu_memory(),
         "free_memory": free_memory(),
         "fingerprint": fingerprint,
-        "tokens": tuple(path.name for path in storage.glob(".token-*")),
         "problem": problem,
+        "storage": try_out(place, own),
     }
 
 
-def _of(node: dict[str, Any], kind: str) -> float:
-    return float(node["Resources"].get(kind, 0))
+def free_gpu_memory() -> tuple[int, ...]:
+    """Bytes that each GPU of this machine has left; none where its driver does not tell.
+
+    Not through PyTorch, which would take some hundred MiB of them for as long as this process lives.
+    """
+    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    with suppress(OSError, subprocess.SubprocessError, ValueError):
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout
+        return tuple(int(line) * 2**20 for line in told.splitlines())
+    return ()
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "missing"
+def _last_words(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1][:200] if lines else type(error).__name__

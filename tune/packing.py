@@ -36,6 +36,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from dpsink.errors import InputError
 from tune.folder import StudyFolder
 from tune.orders import Orders
+from tune.versions import require_same
 from tune.wire import packed
 
 if TYPE_CHECKING:
@@ -125,6 +126,7 @@ def run_packed(config: dict[str, Any], packing: Packing) -> None:
     Args:
         config: as for `tune.trainable.run_trial`.
     """
+    require_same(config["versions"])  # its engine is of this node, too
     client = _Client(config, packing)
     while True:
         try:

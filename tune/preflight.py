@@ -38,6 +38,7 @@ class StudyPlan:
         terms: what the study asks of its privacy accounts.
         baselines: the plan of each.
         searched: plans that a searched trial may have: all of a grid or a list, else those at the corners of the space.
+        without_a_step: of the corners of the space, those where a trial affords none: proposals there are skipped.
         extractor: FID extractor with its number of images.
     """
 
@@ -45,6 +46,7 @@ class StudyPlan:
     terms: AccountTerms
     baselines: Mapping[str, PrivacyPlan]
     searched: Sequence[PrivacyPlan]
+    without_a_step: int
     extractor: str
     delta: float
     target_epsilon: float
@@ -84,6 +86,7 @@ def check_study(study: Study, data_root: Path | None) -> StudyPlan:
         terms=_account_terms(study, list(baselines.values()), [*searched, *inside]),
         baselines=baselines,
         searched=searched,
+        without_a_step=len(searched_configs) - len(searched),
         extractor=f"{common.evaluation.extractor}@{len(data.public_reference)}",
         delta=common.privacy.delta,
         target_epsilon=common.privacy.target_epsilon,

@@ -5,13 +5,9 @@ One parent run per study, one child run per trial. Everything that analysis read
 
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
-
-from dpsink.errors import InputError
 
 PARENT_TAG = "mlflow.parentRunId"
 KIND_TAG = "dpsink.kind"
@@ -113,29 +109,3 @@ def mlflow_reason(error: Exception, uri: str) -> str:
     text = " ".join(str(error).split()).replace(uri, shown_uri(uri))
     cause = text.rpartition("Caused by ")[2] if "Caused by " in text else ""  # of a failed HTTP request
     return (cause.rpartition(": ")[2].rstrip("\"')") or text)[:200]
-
-
-def mlflow_advice(error: Exception, otherwise: str) -> str:
-    """What to do about an error of MLflow: say who asks, where the server wants to know that."""
-    refused = any(words in str(error) for words in _REFUSALS)
-    return "put user and password into MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" if refused else otherwise
-
-
-_REFUSALS = ("error code 401", "error code 403", "UNAUTHENTICATED", "PERMISSION_DENIED")  # of a proxy, and of MLflow
-
-
-@contextmanager
-def told_when_lost(uri: str) -> Iterator[None]:
-    """Turns an error of MLflow, or on the way to it, into one line without a password.
-
-    Raises:
-        InputError: that line.
-    """
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException
-
-    try:
-        yield
-    except (MlflowException, RequestException) as error:  # the second: of an artifact
-        advice = mlflow_advice(error, "see that its server is up, and repeat the command")
-        raise InputError(f"MLflow at {shown_uri(uri)} is lost: {mlflow_reason(error, uri)}; {advice}") from None

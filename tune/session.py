@@ -16,6 +16,7 @@ from tune.room import NoRoom, told_when_full
 from tune.search import StudySearcher
 from tune.study import Study
 from tune.tracking import MLflowTracker
+from tune.versions import deciding_versions
 
 log = logging.getLogger("dpsink")
 
@@ -165,7 +166,12 @@ class Session:
         return self.folder
 
     def _make_searcher(self) -> StudySearcher:
-        worker = {"data_root": str(self.data_root), "fingerprint": self.plan.data.fingerprint, "threads": 1}
+        worker = {
+            "data_root": str(self.data_root),
+            "fingerprint": self.plan.data.fingerprint,
+            "versions": deciding_versions(),
+            "threads": 1,
+        }
         records = len(self.plan.data.train)
         return StudySearcher(self.study, self.work, self.accounts, records, worker, self.changed)
 

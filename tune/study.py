@@ -70,9 +70,9 @@ class Resources(Strict):
     def _fits_gpus(self) -> "Resources":
         if self.gpu > 1 and self.gpu % 1:
             raise ValueError(f"gpu={self.gpu:g} must be at most 1, or a whole number")
-        if self.gpu and self.slots > self._per_gpu:
+        if self.gpu and self.slots > self.per_gpu:
             raise ValueError(
-                f"slots={self.slots} must be at most {self._per_gpu}, the trials that have a place on one GPU; "
+                f"slots={self.slots} must be at most {self.per_gpu}, the trials that have a place on one GPU; "
                 f"set gpu to {1 / self.slots:.4g} or less, or leave slots out"
             )
         return self
@@ -85,7 +85,7 @@ class Resources(Strict):
     @property
     def sharing(self) -> int:
         """Trials that share one process, 1 where each has its own."""
-        return self.slots or (self._per_gpu if self.gpu else 1)
+        return self.slots or (self.per_gpu if self.gpu else 1)
 
     def fit_in(self, cpus: float, gpus: float) -> int:
         """Trials that a node has room for at a time."""
@@ -93,11 +93,12 @@ class Resources(Strict):
         if self.gpu > 1:
             return min(fit, math.floor(gpus / self.gpu))
         if self.gpu:
-            return min(fit, math.floor(gpus) * self._per_gpu)
+            return min(fit, math.floor(gpus) * self.per_gpu)
         return min(fit, self.sharing) if self.sharing > 1 else fit
 
     @property
-    def _per_gpu(self) -> int:
+    def per_gpu(self) -> int:
+        """Trials that have a place on one GPU."""
         return max(1, math.floor(1 / self.gpu + ROUNDING))
 
 

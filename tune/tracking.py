@@ -29,6 +29,7 @@ from dpsink.records import CheckpointState, Report, latest_state
 from tune import schema
 from tune.folder import StudyFolder, TrialEnd, TrialRecord
 from tune.links import trials_of, view_of, view_tag, where
+from tune.outage import advice_on
 from tune.study import Study
 
 if TYPE_CHECKING:  # its import takes seconds
@@ -70,7 +71,7 @@ def check_tracking(uri: str) -> None:
             connect(uri).search_experiments(max_results=1)
     except Exception as error:
         another = "start the MLflow server, or name another in tracking.uri or MLFLOW_TRACKING_URI"
-        reason, advice = schema.mlflow_reason(error, uri), schema.mlflow_advice(error, another)
+        reason, advice = schema.mlflow_reason(error, uri), advice_on(error, another)
         raise InputError(f"tracking URI {schema.shown_uri(uri)} does not answer: {reason}; {advice}") from None
 
 

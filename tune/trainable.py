@@ -14,6 +14,7 @@ from dpsink.records import Report
 from dpsink.training import read_result, train, use_threads
 from tune.folder import StudyFolder
 from tune.orders import Orders
+from tune.versions import require_same
 from tune.wire import packed
 
 log = logging.getLogger("dpsink")
@@ -25,8 +26,8 @@ def run_trial(config: dict[str, Any], device: str = "cpu") -> None:
     Tune's own checkpoints are not used: the run folder is the durable record, as for `dpsink train`.
 
     Args:
-        config: `folder` of the study, name of the `trial`, `data_root`, `fingerprint` of the study's data, `threads`;
-            absolute paths, since Ray changes a worker's working directory.
+        config: `folder` of the study, name of the `trial`, `data_root`, `fingerprint` of the study's data, `versions`
+            of the driver, `threads`; absolute paths, since Ray changes a worker's working directory.
         device: `cpu`, or `cuda` for the GPU that Ray has given this process.
     """
     folder = StudyFolder(Path(config["folder"]))
@@ -41,6 +42,7 @@ def run_trial(config: dict[str, Any], device: str = "cpu") -> None:
     orders = Orders(folder)
     if orders.stop():
         return
+    require_same(config["versions"])
     data = load_same(record.config.data, Path(config["data_root"]), config["fingerprint"])
     try:
         # A driver that was killed may not have decided on the last report.

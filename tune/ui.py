@@ -16,6 +16,7 @@ from dpsink import console
 from dpsink.errors import InputError
 from tune import links, schema
 from tune.folder import StudyFolder, StudyRecord
+from tune.outage import told_when_lost
 
 if TYPE_CHECKING:  # its import takes seconds
     from mlflow.entities import Experiment, Run
@@ -54,7 +55,7 @@ def study_links(folder: StudyFolder, server: str, uri: str) -> dict[str, str]:
         InputError: MLflow does not answer, knows no run of the study, or has no view of it.
     """
     record = folder.read_study()
-    with schema.told_when_lost(uri):
+    with told_when_lost(uri):
         experiment, best = _experiment_and_best(record, uri)
     if experiment is None or not best or links.view_tag(record.study_id) not in experiment.tags:
         missing = "no view" if best else "no run"

@@ -120,6 +120,13 @@ class Selection:
             return int(generator.geometric(self.gamma))
         return int(generator.logseries(1 - self.gamma))
 
+    def quantile(self, part: float) -> int:
+        """The number that K exceeds in 1 - `part` of the cases at most; `part` in (0, 1)."""
+        from scipy.stats import geom, logser  # it takes a second
+
+        law = geom(self.gamma) if self.shape == "geometric" else logser(1 - self.gamma)
+        return int(law.ppf(part))
+
     def rdp(self, base: np.ndarray) -> np.ndarray:
         """Rényi divergence of publishing the best of K runs (Papernot & Steinke 2022, theorem 2).
 

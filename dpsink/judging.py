@@ -56,6 +56,7 @@ def judge(
         split: `test` or `validation`.
         seed, seeds: the first seed and how many follow; each draws other latents and other classifiers.
         extractor: `classifier` or `inception`, which `inception_weights` implies.
+        inception_weights: their file; by default at `$DPSINK_INCEPTION_WEIGHTS` or in torch hub's cache.
         data: the real images that given images imitate; a run knows its own.
         skip_bad: leave out images that cannot be read.
         download: fetch real images and Inception's weights where they are missing.

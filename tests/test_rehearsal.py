@@ -1,4 +1,4 @@
-"""A study on a cluster of three machines made of namespaces, and the faults that it survives."""
+"""A study on a cluster of three machines made of namespaces, and the faults that it survives; a cluster that grows."""
 
 import json
 import math
@@ -22,14 +22,23 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def played(scene: str, out: Path) -> dict[str, Any]:
     """What the script wrote."""
-    out = tmp_path_factory.mktemp("rehearsal")
-    command = [sys.executable, "-m", "experiments.clusters.rehearsal", "--out", str(out)]
+    command = [sys.executable, "-m", "experiments.clusters.rehearsal", "--out", str(out), "--scene", scene]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    return json.loads((out / "rehearsal.json").read_text(encoding="utf-8"))
+    return json.loads((out / f"{scene}.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return played("rehearsal", tmp_path_factory.mktemp("rehearsal"))
+
+
+@pytest.fixture(scope="module")
+def rounds(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Two studies on a cluster without workers, which Ray's autoscaler gives it and takes away."""
+    return played("growing", tmp_path_factory.mktemp("growing"))["rounds"]
 
 
 def fault(rehearsal: dict[str, Any], words: str) -> dict[str, Any]:
@@ -99,3 +108,17 @@ def test_no_namespace_or_interface_is_left(rehearsal: dict[str, Any]) -> None:
     links = Path("/proc/net/dev").read_text(encoding="ascii")
     assert "to-worker-1" not in links and "wire" not in links
     assert "/mnt/shared" not in Path("/proc/self/mounts").read_text(encoding="utf-8")
+
+
+def test_cluster_grows_from_no_worker_to_all_and_back_with_each_study(rounds: list[dict[str, Any]]) -> None:
+    assert [one["workers before, at most, after"] for one in rounds] == [[0, 2, 0]] * 2
+
+
+def test_growing_and_shrinking_disturbs_no_trial(rounds: list[dict[str, Any]]) -> None:
+    for one in rounds:
+        assert one["problems"] == []
+        assert all((trial["attempts"], trial["lost"]) == (1, 0) for trial in one["trials"].values())
+
+
+def test_no_place_for_a_trial_is_lost_when_the_cluster_has_shrunk(rounds: list[dict[str, Any]]) -> None:
+    assert [one["trials at a time"] for one in rounds] == [2, 2]

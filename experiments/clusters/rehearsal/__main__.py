@@ -3,7 +3,8 @@
 Three hosts in namespaces, each with its own address, ssh server, home, /tmp and /dev/shm, and one shared folder; the
 committed on-prem YAML through the real `ray up`; `dpsink-tune check`; a study through `ray job submit`, during which
 one worker is cut off and comes back, the raylet of another is killed, and a new one joins; a stranger on the network
-knocks at all ports; `ray down`.
+knocks at all ports; `ray down`. Other scenes have no faults: throughput on 1, 2 and 3 workers (`--scene scaling`), and
+a cluster that grows from none and back (`--scene growing`).
 
 Nothing outside of the namespaces is touched but the folder of the results, and Debian's packages where some are
 missing.
@@ -23,7 +24,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from experiments.clusters.rehearsal import report
+from experiments.clusters.rehearsal import growing, report
 from experiments.clusters.rehearsal.desk import (
     BIN,
     DASHBOARD,
@@ -55,18 +56,18 @@ def main() -> None:
     """Enters the namespaces of the desk, and works there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("rehearsal"), help="folder of the results")
-    parser.add_argument("--scaling", action="store_true", help="no faults: throughput on 1, 2 and 3 workers")
+    parser.add_argument("--scene", choices=SCENES, default="rehearsal", help="what is played: %(choices)s")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
-        sys.exit(rehearse(options.out, scale if options.scaling else play))
+        sys.exit(rehearse(options.out, options.scene))
     if os.geteuid() != 0:
         sys.exit("error: namespaces with a network of their own need root; run it with sudo")
     install()
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     again = [sys.executable, "-m", "experiments.clusters.rehearsal", "--inside", "--out", str(out)]
-    again += ["--scaling"] * options.scaling
+    again += ["--scene", options.scene]
     command = enter("desk", [*programs(), f"+{out}"], again)
     environment = {**ENVIRONMENT, "XDG_CACHE_HOME": str(HOME / ".cache")}
     os.execvpe(command[0], command, environment)
@@ -83,19 +84,18 @@ def install() -> None:
             subprocess.run(["apt-get", "-qq", *words], check=True, env=quiet, stdout=subprocess.DEVNULL)
 
 
-def rehearse(out: Path, scene: Callable[[list[Host]], dict[str, Any]]) -> int:
+def rehearse(out: Path, name: str) -> int:
     """A scene from its beginning to its end; the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     hosts: list[Host] = []
     started = time.monotonic()
     try:
-        document = scene(hosts)
+        document = SCENES[name](hosts)
     except (Failed, KeyboardInterrupt) as problem:
         say(f"failed: {str(problem) or 'stopped'}")
         keep_logs(hosts, out)
         return 1
     document["seconds"] = round(time.monotonic() - started)
-    name = "scaling" if scene is scale else "rehearsal"
     report.write(out, name, document)
     print(document["table"])
     say(f"done in {document['seconds']} s: {out}/{name}.json, {out}/{name}.md")
@@ -165,9 +165,20 @@ def scale(hosts: list[Host]) -> dict[str, Any]:
     printed = head.run(f"python -m experiments.clusters.rehearsal.scaling {SHARED}")
     watch.close()
     rows = [json.loads(line.removeprefix("scaling ")) for line in printed.splitlines() if line.startswith("scaling ")]
-    lines = [f"| {' | '.join(rows[0])} |", "|---" * len(rows[0]) + "|"]
-    lines += [f"| {' | '.join(map(str, row.values()))} |" for row in rows]
-    return {"rows": rows, "problems": [], "table": "\n".join(lines)}
+    return {"rows": rows, "problems": [], "table": report.rows(rows)}
+
+
+def grow_and_shrink(hosts: list[Host]) -> dict[str, Any]:
+    """Workers that come with a study and go after it."""
+    Lab()
+    rounds = growing.grow()
+    problems = [problem for one in rounds for problem in one["problems"]]
+    return {"rounds": rounds, "problems": problems, "table": report.rows(rounds, leave_out=("trials", "problems"))}
+
+
+SCENES: dict[str, Callable[[list[Host]], dict[str, Any]]] = {
+    "rehearsal": play, "scaling": scale, "growing": grow_and_shrink,
+}  # fmt: skip
 
 
 def ray_processes(host: Host) -> list[int]:
@@ -212,9 +223,10 @@ def keep_logs(hosts: list[Host], out: Path) -> None:
     (out / "logs").mkdir()
     if LOG.exists():
         shutil.copy(LOG, out / "logs")
-    for host in hosts:
-        for place in host.file("/tmp/ray").glob("session_2*/logs"):
-            shutil.copytree(place, out / "logs" / host.name, ignore_dangling_symlinks=True, dirs_exist_ok=True)
+    machines = {"desk": Path("/tmp/ray")} | {host.name: host.file("/tmp/ray") for host in hosts}
+    for name, folder in machines.items():
+        for place in folder.glob("session_2*/logs"):
+            shutil.copytree(place, out / "logs" / name, ignore_dangling_symlinks=True, dirs_exist_ok=True)
     if SHARED.exists():
         shutil.copytree(SHARED, out / "logs" / "shared", dirs_exist_ok=True)
     say(f"the logs are in {out}/logs")

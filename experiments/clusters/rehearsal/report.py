@@ -1,6 +1,7 @@
 """What a rehearsal measured, as JSON and as a table."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,13 @@ def table(faults: list[Fault], end: Standing) -> str:
     rows.append(("the end", f"ε spent {end.epsilon:.2f}", "", end.text()))
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|---" * 4 + "|", *lines[1:]])
+
+
+def rows(measured: list[dict[str, Any]], leave_out: Sequence[str] = ()) -> str:
+    """What was measured as a Markdown table, a row each."""
+    shown = [{key: value for key, value in one.items() if key not in leave_out} for one in measured]
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (shown[0], *(one.values() for one in shown))]
+    return "\n".join([lines[0], "|---" * len(shown[0]) + "|", *lines[1:]])
 
 
 def write(out: Path, name: str, document: dict[str, Any]) -> None:

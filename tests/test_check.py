@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from dpsink.config import TrialConfig
 from dpsink.errors import InputError
 from tests.test_study import load, write
 from tune import check
@@ -276,10 +277,27 @@ def test_a_trial_that_needs_more_than_is_free_is_no_crash(tmp_path: Path) -> Non
     study = load(tmp_path)
     sketch = Sketch(
         configs=(study.configure({}),), slots=1, padded=False, shape=(1, 8, 8), num_classes=10, records=1437,
-        others=360, limit=GIB // 4,
+        validation=180, test=180, limit=GIB // 4,
     )  # fmt: skip
     with pytest.raises(InputError, match=r"needs more than the 0\.2 GiB that are free"):
         check.footprint(sketch)
+
+
+@pytest.mark.slow
+def test_an_engines_footprint_is_that_of_its_trials_and_of_an_evaluation(tmp_path: Path) -> None:
+    sketch = Sketch(
+        configs=tuple(largest(load(tmp_path))), slots=2, padded=True, shape=(1, 8, 8), num_classes=10, records=1437,
+        validation=180, test=180, limit=8 * GIB,
+    )  # fmt: skip
+    taken = check.footprint(sketch)
+    evaluated = check.footprint(sketch.model_copy(update={"configs": (heavily_judged(sketch.configs[-1]),)}))
+    assert 0 < taken.tensors < taken.memory and taken.files > 0
+    assert evaluated.memory > taken.memory + 50 * 2**20
+
+
+def heavily_judged(config: TrialConfig) -> TrialConfig:
+    """The same with so many samples that its evaluation takes more memory than its steps."""
+    return config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"samples": 20_000})})
 
 
 @pytest.mark.slow

@@ -260,12 +260,11 @@ class Preflight:
     @property
     def _sketch(self) -> Sketch:
         data, resources = self.plan.data, self.study.resources
-        others = len(data.test) + (len(data.validation) if data.validation else 0)
         slots = min(resources.sharing, resources.concurrency or resources.sharing)
         return Sketch(
             configs=tuple(self._trials), slots=slots, padded=bool(resources.gpu), shape=data.train.shape,
-            num_classes=data.train.num_classes, records=len(data.train), others=others,
-            limit=int(0.8 * free_memory()),
+            num_classes=data.train.num_classes, records=len(data.train),
+            validation=len(data.validation or ()), test=len(data.test), limit=int(0.8 * free_memory()),
         )  # fmt: skip
 
     @cached_property

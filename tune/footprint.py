@@ -1,4 +1,4 @@
-"""Memory of a trial's process: `python -m tune.footprint` reads a `Sketch` and takes two steps on random images."""
+"""Memory of a trial's process: `python -m tune.footprint` reads a `Sketch`, and trains a little on random images."""
 
 import math
 import resource
@@ -25,13 +25,14 @@ CONTEXT = 700 * 2**20  # bytes of a GPU that a process takes for CUDA's context 
 class Sketch(Strict):
     """Trials and the size of their data: all that their memory depends on. No image is looked at."""
 
-    configs: tuple[TrialConfig, ...]  # one after the other; the largest counts
+    configs: tuple[TrialConfig, ...]  # one after the other, the largest counts; the last is evaluated, too
     slots: int  # trials of each, side by side in the process
     padded: bool  # whether steps have fixed shapes, as on a GPU
     shape: tuple[int, int, int]
     num_classes: int
     records: int
-    others: int  # validation and test images
+    validation: int
+    test: int
     limit: int  # bytes that the process may take at most: it is to find out, not to bring the machine down
 
 
@@ -93,14 +94,15 @@ def _measure(sketch: Sketch) -> Footprint:
     resource.setrlimit(resource.RLIMIT_DATA, (sketch.limit, sketch.limit))  # loading fails with other words
     use_threads(1)
     before = _peak()
-    others = _random_images(sketch, sketch.others)
-    data = ImageData("random", _random_images(sketch, sketch.records), others, others, "random")
-    written = max(_train(config, sketch, data) for config in sketch.configs)
+    train, validation, test = (_random_images(sketch, n) for n in (sketch.records, sketch.validation, sketch.test))
+    data = ImageData("random", train, validation, test, "random")
+    last = sketch.configs[-1]
+    written = max(_train(config, sketch, data, evaluate=config == last) for config in sketch.configs)
     return Footprint(_peak(), _peak() - before, written)
 
 
-def _train(config: TrialConfig, sketch: Sketch, data: "ImageData") -> int:
-    """Takes the first steps of trials side by side; returns the bytes that one wrote."""
+def _train(config: TrialConfig, sketch: Sketch, data: "ImageData", *, evaluate: bool) -> int:
+    """Takes the first steps of trials side by side, and may evaluate one; returns the bytes that one wrote."""
     from dpsink.config import Performance
     from dpsink.training import TrialRun, train_together
 
@@ -111,6 +113,8 @@ def _train(config: TrialConfig, sketch: Sketch, data: "ImageData") -> int:
         runs = [opened.enter_context(TrialRun.open(config, data, folder)) for folder in folders]
         for _ in train_together(runs, performance=performance, should_stop=lambda: next(asked, None) is None):
             pass
+        if evaluate:  # takes more than a step, in memory and in time; one at a time
+            runs[0].report()
         return sum(path.stat().st_size for path in folders[0].rglob("*"))
 
 
@@ -120,11 +124,13 @@ def _peak() -> int:
 
 
 def _random_images(sketch: Sketch, count: int) -> "LabelledImages":
+    """The same ones each time, so that what is kept of them in caches is kept once."""
     import torch
 
     from dpsink.data import LabelledImages
 
-    images = torch.randint(0, 256, (count, *sketch.shape), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, *sketch.shape), dtype=torch.uint8, generator=generator)
     return LabelledImages(images, torch.arange(count) % sketch.num_classes, sketch.num_classes)
 
 

@@ -28,6 +28,7 @@ FEWEST = 5  # configurations
 ENOUGH = 10  # configurations per searched parameter
 BEST_PART = 0.25
 CHANCE = " chance"  # no path has a space
+TOO_FEW = "keep: too few to tell"
 MATTERS, UNCLEAR, NOISE = "matters", "unclear", "like chance"
 Positions = np.ndarray[tuple[int], np.dtype[np.float64]]
 Shares = dict[str, tuple[float, float]]  # by path: fANOVA's and PED-ANOVA's
@@ -274,20 +275,18 @@ def _row(dimension: Dimension, drawn: Sequence[Shares], count: int, parameters: 
 def _advice(dimension: Dimension, verdict: str, *, enough: bool) -> str:
     """What to search next, by rules on the best quarter of the configurations (three at least).
 
-    Like chance: fix it, once there are enough configurations to say so. A number: widen where the middle of
+    Nothing is fixed before there are enough configurations. Like chance: fix it. A number: widen where the middle of
     the best lies in the outer fifth of the range, narrow where they take up no more than half of it. A choice: fix it
     where four fifths of the best agree.
     """
     best = dimension.positions[: max(3, round(BEST_PART * len(dimension.positions)))]
     if verdict == NOISE:
-        return (
-            f"fix at {dimension.value(best[0])}: it makes no difference that shows"
-            if enough
-            else "keep: too few to tell"
-        )
+        return f"fix at {dimension.value(best[0])}: it makes no difference that shows" if enough else TOO_FEW
     if dimension.choices is not None:
         counts = np.bincount(best.astype(int))
-        return f"fix at {dimension.value(int(counts.argmax()))}" if counts.max() >= 0.8 * len(best) else "keep"
+        if counts.max() < 0.8 * len(best):
+            return "keep"
+        return f"fix at {dimension.value(int(counts.argmax()))}" if enough else TOO_FEW
     middle, span = float(np.median(best)), f"[{dimension.value(0)}, {dimension.value(1)}]"
     span = span if dimension.told else f"the {span} that was seen"
     if middle >= 0.8 or middle <= 0.2:

@@ -218,9 +218,10 @@ def _promised(runs: Runs, study: StudyFacts, statement: Statement) -> list[list[
         told if isinstance(told, list) else sorted({str(row["accountant"]) for row in mine if row["accountant"]})
     )
     whole, spent = statement.get("study_epsilon"), statement.get("spent")
+    delta = float(statement.get("study_delta") or study.delta)
     rows = [
         ["target", f"each trial ε ≤ {study.target_epsilon:g} at δ = {study.delta:g}"],
-        ["whole study", "no claim" if whole is None else f"ε ≤ {rounded_up(whole)} at δ = {study.delta:g}"],
+        ["whole study", "no claim" if whole is None else f"ε ≤ {rounded_up(whole)} at δ = {delta:g}"],
         ["policy", str(statement.get("policy", "not told"))],
         ["claim", str(statement.get("guarantee", "not told"))],
         [

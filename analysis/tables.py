@@ -80,7 +80,10 @@ def _promise(runs: Runs, index: int) -> str:
     if not statement:
         claim = "without a statement: the selection among its trials is not covered"
     name = f"{facts.name}: " if len(runs.studies) > 1 else ""
-    return f"{name}each trial ε ≤ {facts.target_epsilon:g}, {claim}{policy}, δ = {facts.delta:g}"
+    trial, delta = f"{name}each trial ε ≤ {facts.target_epsilon:g}", float(statement.get("study_delta") or facts.delta)
+    if delta == facts.delta:
+        return f"{trial}, {claim}{policy}, δ = {delta:g}"
+    return f"{trial} at δ = {facts.delta:g}, {claim}{policy} at δ = {delta:g}"  # it repeats a study, and contains its δ
 
 
 def floor_in_words(runs: Runs) -> str:

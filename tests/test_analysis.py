@@ -278,6 +278,15 @@ def test_the_statement_is_taken_from_the_best_place_that_is_left(runs: Runs, tmp
         assert (told["study_epsilon"], told.get("assumptions")) == (31.4159, wanted[there])
 
 
+def test_the_delta_of_a_whole_study_is_its_statement_s(runs: Runs) -> None:
+    """That of a study that repeats another contains the first one's."""
+    again = replace(runs, studies=(replace(runs.study, statement=STATEMENT | {"study_delta": 2e-5}),))
+    assert guarantee(again) == ("each trial ε ≤ 10 at δ = 1e-05, whole study ε ≤ 31.416 (compose_all) at δ = 2e-05")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("analysis.sections.statement_of", lambda _, study: study.statement)
+        assert "ε ≤ 31.416 at δ = 2e-05" in render(again)
+
+
 def test_studies_of_which_one_claims_nothing_have_no_claim_together(runs: Runs) -> None:
     silent = replace(runs.study, name="silent", study_id="id-silent", statement=STATEMENT | {"study_epsilon": None})
     assert guarantee(replace(runs, studies=(*runs.studies, silent))).endswith("no claim for the studies together")

@@ -92,6 +92,12 @@ def test_what_to_search_next_follows_from_where_the_best_lie(best: np.ndarray, w
     assert _advice(dimension, MATTERS, enough=True).startswith(wanted)
 
 
+@pytest.mark.parametrize(("enough", "wanted"), [(True, "fix at l2"), (False, "keep: too few to tell")])
+def test_a_choice_is_fixed_by_enough_configurations_only(enough: bool, wanted: str) -> None:
+    dimension = Dimension("sinkhorn.cost", np.array([1.0] * 5 + [0.0] * 15), None, None, False, ("l1", "l2"), True)
+    assert _advice(dimension, MATTERS, enough=enough) == wanted
+
+
 def test_the_same_seed_gives_the_same_numbers(database: Path, few: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(few, importance(load(database, "few")))
 

@@ -1,4 +1,4 @@
-"""MLflow's pages as a person sees them: a real server, a real browser, the links that `dpsink-tune ui` prints."""
+"""MLflow's pages, and a report, as a person sees them: a real server, a real browser, the links of `dpsink-tune ui`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from analysis.export import export_run
+from analysis.page import report
 from analysis.registry import digest, fetch_model, register_run
 from analysis.runs import load_runs
 from analysis.selection import named
@@ -80,6 +81,7 @@ def browser(home: Path) -> Iterator[webdriver.Chrome]:
         chrome.quit()
 
 
+Show = Callable[..., webdriver.Chrome]
 Open = Callable[[str, Callable[[webdriver.Chrome], Any]], Any]
 
 
@@ -136,7 +138,7 @@ def test_the_best_stand_side_by_side_with_parallel_coordinates(
     site: Site, opened: Open, browser: webdriver.Chrome
 ) -> None:
     axes = opened(site.links["best"], lambda browser: texts(browser, ".js-plotly-plot .axis-title"))
-    assert set(SEARCHED) <= set(axes)
+    assert {*SEARCHED, "accuracy"} <= set(axes)  # settings against the objective
     page = browser.find_element(By.TAG_NAME, "body").text
     searched = [run for run in site.runs if "baseline" not in run.info.run_name]
     assert [run.info.run_name for run in searched if run.info.run_name not in page] == []
@@ -165,3 +167,75 @@ def test_a_registered_model_shows_its_alias_and_its_promise(
         lambda browser: (text := browser.find_element(By.TAG_NAME, "body").text).count("best-accuracy") and text,
     )
     assert "(ε, δ) = (" in page and "Selected by accuracy in study digits" in page
+
+
+# The report, as a phone, a dark room and a printer show it.
+
+
+@pytest.fixture(scope="module")
+def page(site: Site, home: Path) -> str:
+    """Address of the study's report."""
+    runs = load_runs("digits", f"sqlite:///{home / 'mlflow.db'}")
+    return report(runs, home / "report.html").as_uri()
+
+
+@pytest.fixture
+def shown(browser: webdriver.Chrome, page: str, home: Path, request: pytest.FixtureRequest) -> Iterator[Show]:
+    """Opens the report so wide, for a medium and a colour scheme; leaves a screenshot in the test's folder."""
+
+    def show(width: int, medium: str = "screen", scheme: str = "light") -> webdriver.Chrome:
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": medium, "features": features})
+        browser.get(page)
+        browser.save_screenshot(str(home / f"{request.node.name}-{width}-{medium}-{scheme}.png"))
+        return browser
+
+    yield show
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": []})
+
+
+def style(browser: webdriver.Chrome, selector: str, name: str) -> str:
+    """Computed, of the first element that a CSS selector finds."""
+    script = "return getComputedStyle(document.querySelector(arguments[0])).getPropertyValue(arguments[1])"
+    return browser.execute_script(script, selector, name)
+
+
+PHONE, DESK, SHEET = 390, 1280, 688  # pixels; the last is A4 within its margins
+DRAWN = [("body", "background-color"), ("body", "color"), ("svg text", "fill"), (".way.first", "stroke"),
+         ("tr.baseline", "background-color"), (".grid", "stroke")]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [PHONE, DESK])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_of_a_report_overflows_sideways(shown: Show, width: int, scheme: str) -> None:
+    browser = shown(width, scheme=scheme)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    script = (
+        "return [...document.querySelectorAll('figure, p, ul, h1, h2')].map(one => one.getBoundingClientRect().right)"
+    )
+    assert max(browser.execute_script(script)) <= width
+
+
+def test_a_report_in_the_dark_has_other_colours_for_paper_ink_and_pictures(shown: Show) -> None:
+    looks = {
+        scheme: [style(browser, *one) for one in DRAWN]
+        for scheme in ("light", "dark")
+        for browser in [shown(DESK, scheme=scheme)]
+    }
+    assert [one for one, light, dark in zip(DRAWN, looks["light"], looks["dark"], strict=True) if light == dark] == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_printed_report_is_dark_on_white_and_nothing_is_cut_or_hidden(shown: Show, scheme: str) -> None:
+    browser = shown(SHEET, "print", scheme)
+    assert style(browser, "body", "background-color") == "rgb(255, 255, 255)"
+    script = "one => [getComputedStyle(one).overflowX, one.scrollWidth]"
+    boxes = browser.execute_script(f"return [...document.querySelectorAll('.scroll')].map({script})")
+    assert boxes and [width for overflow, width in boxes if overflow != "visible" or width > SHEET] == []
+    script = (
+        "return [...document.querySelectorAll('main *')].filter(one => !one.checkVisibility()).map(one => one.tagName)"
+    )
+    assert set(browser.execute_script(script)) <= {"title"}  # of marks in pictures: shown where a mouse rests

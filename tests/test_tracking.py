@@ -188,6 +188,11 @@ def test_every_report_becomes_one_point_of_each_metric(study: StudyFolder) -> No
     assert run.data.metrics[schema.EPSILON] == 9.5
 
 
+def test_the_objective_is_the_first_metric_that_mlflow_is_told(study: StudyFolder) -> None:
+    rebuild(study)
+    assert next(iter(only_run(study).data.metrics)) == "accuracy"
+
+
 def test_metrics_on_the_test_split_carry_their_prefix(study: StudyFolder) -> None:
     study.write_test("one", {"fid": 12.0, "accuracy": 0.8})
     rebuild(study)

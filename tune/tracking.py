@@ -305,12 +305,14 @@ class Mirror:
             run.steps = {point.step for point in history}
         for report in reports:
             if report.step not in run.steps:
-                values = report.metrics | {
+                # MLflow's page of runs side by side opens with the metric that it was told first.
+                main = {name: report.metrics[name] for name in self.record.objectives if name in report.metrics}
+                beside = {
                     schema.EPSILON: report.epsilon,
                     schema.BUDGET_FRACTION: report.budget_fraction,
                     schema.SPEED: report.steps_per_second,
                 }
-                self._log_metrics(run, values, report.step)
+                self._log_metrics(run, main | report.metrics | beside, report.step)
                 run.steps.add(report.step)
 
     def _log_test(self, run: Shown, name: str, step: int) -> None:

@@ -3,13 +3,16 @@
 import math
 import os
 import pickle
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -34,6 +37,7 @@ from dpsink.evaluation import (
 from dpsink.evaluation.classifiers import build_classifier, predict
 from dpsink.evaluation.fidelity import fid, kid, precision_recall
 from dpsink.evaluation.floor import _halves as halves
+from dpsink.evaluation.kept import recall
 from dpsink.evaluation.reference import reference_features
 from dpsink.privacy.release import ReleaseRefused
 
@@ -523,20 +527,63 @@ def test_an_unwritable_cache_does_not_stop_a_trial(digits, monkeypatch, tmp_path
     assert trainings == 1 and "not cached" in caplog.text
 
 
+def test_an_entry_that_is_not_written_whole_leaves_nothing(tmp_path, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    kept = recall(tmp_path / "entry", lambda: {"features": torch.ones(3)})
+    assert torch.equal(kept["features"], torch.ones(3)) and "not cached (No space" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
+AT_ONCE = """
+import hashlib, sys
+from pathlib import Path
+from dpsink.config import DataConfig
+from dpsink.data import load_dataset
+from dpsink.evaluation import classifier_extractor
+from dpsink.evaluation.reference import reference_features
+
+print("ready", flush=True)
+sys.stdin.readline()
+own = DataConfig(name="folder:pets", test="public", validation="public", test_size=400)
+data = load_dataset(own, root=Path(sys.argv[1]))
+features = reference_features(classifier_extractor(data.test), data.test)
+print(data.fingerprint, hashlib.sha256(features.numpy()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_fill_the_caches_at_once_get_the_same_and_leave_whole_entries(tmp_path, monkeypatch):
+    """Decoded images, the extractor and features of real images; a third process makes none of them again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    images = random_images((1, 8, 8), 800)
+    for number, (pixels, label) in enumerate(zip(images.images, images.labels.tolist(), strict=True)):
+        folder = tmp_path / "pets" / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[0].numpy()).save(folder / f"{number}.png")
+
+    def begin() -> subprocess.Popen[str]:
+        words = [sys.executable, "-c", AT_ONCE, str(tmp_path)]
+        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def end(running: list[subprocess.Popen[str]]) -> list[str]:
+        for one in running:
+            assert one.stdout is not None and one.stdout.readline() == "ready\n"
+        return [one.communicate("\n", timeout=120)[0] for one in running]
+
+    first, second = end([begin(), begin()])
+    assert first == second != ""
+    entries = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.*") if path.is_file()}
+    assert sorted(path.suffix for path in entries) == [".lock", ".npz", ".safetensors", ".safetensors"]
+    assert end([begin()]) == [first]
+    assert entries == {path: path.stat().st_mtime_ns for path in entries}
+
+
 def test_an_unknown_extractor_is_refused(digits):
     with pytest.raises(InputError, match="'vgg'"):
         build_extractor("vgg", digits.validation)
-
-
-def test_missing_inception_weights_are_refused_by_path(tmp_path):
-    with pytest.raises(InputError, match=str(tmp_path / "nowhere.pth")):
-        inception_extractor(tmp_path / "nowhere.pth")
-
-
-def test_inception_weights_are_looked_for_in_the_cache(digits, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(InputError, match=f"{tmp_path}.*6726825d.pth"):
-        build_extractor("inception", digits.validation)
 
 
 class Payload:
@@ -584,7 +631,21 @@ def inception_weights(tmp_path_factory) -> tuple[Path, FeatureExtractorInception
     return path, untrained
 
 
+@pytest.fixture
+def any_weights(monkeypatch):
+    """Weights other than the published ones are read."""
+    monkeypatch.setattr(extractors, "INCEPTION_SHA256_PREFIX", "")
+
+
 @pytest.mark.slow
+def test_other_weights_of_the_true_layout_are_refused(inception_weights):
+    """Their FID would pass for one by the published weights."""
+    with pytest.raises(InputError, match=r"w\.pth: not torch-fidelity's .*SHA-256 does not begin with 6726825d"):
+        inception_extractor(inception_weights[0])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("any_weights")
 def test_inception_weights_are_read_from_their_file(inception_weights):
     path, untrained = inception_weights
     grey = random_images((1, 28, 28), 3).images
@@ -594,6 +655,7 @@ def test_inception_weights_are_read_from_their_file(inception_weights):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("any_weights")
 def test_inception_s_features_of_the_reference_are_kept_on_disk(inception_weights, monkeypatch):
     """By another process too: what is in memory is dropped, and the network then refuses to run."""
     inception, real = inception_extractor(inception_weights[0]), random_images((1, 28, 28), 4)
@@ -610,6 +672,7 @@ def test_inception_s_features_of_the_reference_are_kept_on_disk(inception_weight
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("any_weights")
 def test_other_inception_weights_have_other_features_on_disk(inception_weights, tmp_path):
     path, untrained = inception_weights
     state = untrained.state_dict()
@@ -617,13 +680,31 @@ def test_other_inception_weights_have_other_features_on_disk(inception_weights, 
     assert inception_extractor(tmp_path / "w.pth").digest != inception_extractor(path).digest
 
 
-# MNIST.
+# MNIST and Fashion-MNIST.
+
+
+REAL = pytest.mark.skipif("DPSINK_DATA_ROOT" not in os.environ, reason="DPSINK_DATA_ROOT is unset: no real images")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("DPSINK_DATA_ROOT" not in os.environ, reason="DPSINK_DATA_ROOT is unset: no MNIST files")
-def test_ten_thousand_real_mnist_images_teach_every_classifier():
-    data = load_dataset(DataConfig(name="mnist", validation_size=0))
+@REAL
+def test_ten_thousand_real_fashion_images_teach_every_classifier():
+    """The paper's real data, six times as many, give 84.5 / 88.2 / 90.8 %."""
+    data = load_dataset(DataConfig(name="fashion_mnist"))
     scores = classifier_accuracies(data.train.take(torch.arange(10_000)), data.test)
+    assert 0.80 < scores["accuracy_logreg"] < scores["accuracy_mlp"] < scores["accuracy_cnn"] < 0.93
+    assert scores["accuracy_mlp"] > 0.82 and scores["accuracy_cnn"] > 0.85
+
+
+@pytest.mark.slow
+@REAL
+def test_ten_thousand_real_mnist_images_get_good_figures_in_two_cpu_minutes():
+    """All that a trial's evaluation measures; only the extractor is there, which a study trains once."""
+    data = load_dataset(DataConfig(name="mnist", validation_size=5000))
+    features = classifier_extractor(data.public_reference)
+    started = time.process_time()
+    scores = evaluate(data.train.take(torch.arange(10_000)), data.public_reference, extractor=features)
+    assert time.process_time() - started < 120
     assert 0.89 < scores["accuracy_logreg"] < scores["accuracy_mlp"] < scores["accuracy_cnn"] < 0.995
-    assert scores["accuracy_mlp"] > 0.935 and scores["accuracy_cnn"] > 0.975
+    assert scores["accuracy_mlp"] > 0.925 and scores["accuracy_cnn"] > 0.975
+    assert scores["recall"] > 0.8 and scores["precision"] > 0.8 and scores["variety"] == pytest.approx(1, abs=0.05)

@@ -2,6 +2,9 @@
 
 import io
 import json
+import resource
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -185,6 +188,32 @@ def test_samples_are_written_as_they_are_drawn(name: str, tmp_path: Path, monkey
     monkeypatch.setattr("dpsink.synthesis.BATCH", 50)
     in_format(tmp_path / name)
     assert most[0] <= 3
+
+
+GROWTH = """
+import sys
+from pathlib import Path
+from tests.test_synthesis import peak
+
+place = Path(sys.argv[1])
+peaks = [peak(place.with_name(f"{count}-{place.name}"), count) for count in (10_000, 40_000)]
+print(peaks[1] - peaks[0])
+"""
+
+
+def peak(out: Path, count: int) -> int:
+    """Bytes of this process' largest resident memory, ever, once so many 28×28 samples are written."""
+    in_format(out, shape=(1, 28, 28), count=count)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OUTS)
+def test_peak_memory_does_not_grow_with_the_number_of_samples(name: str, tmp_path: Path) -> None:
+    """30,000 images more are 24 MB of pixels, none of which is held; an allocator that warms up takes some."""
+    words = [sys.executable, "-c", GROWTH, str(tmp_path / name)]
+    told = subprocess.run(words, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1])
+    assert int(told.stdout) < 15e6
 
 
 def test_parquet_says_what_it_holds_as_the_datasets_library_does(tmp_path: Path) -> None:

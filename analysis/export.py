@@ -19,6 +19,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from analysis.runs import Row, Runs, metrics_of
 from analysis.statements import Statement, covering, uncovered
 from dpsink.checkpoint import load_generator
@@ -53,7 +55,8 @@ def export_run(runs: Runs, run: Row, out: Path, *, selected_by: str, force: bool
     with drafted(out) as draft:
         draft.mkdir()
         for name in FROM_CHECKPOINT:
-            shutil.copyfile(checkpoint / name, draft / name)
+            _copy(checkpoint / name, draft / name)
+        check_picture(draft / schema.GRID_ARTIFACT)
         _, description = load_generator(draft)  # what leaves the house is known to work
         (draft / schema.CONFIG_ARTIFACT).write_text(dump_config(description.config), encoding="utf-8")
         (draft / REQUIREMENTS).write_text(_requirements(), encoding="utf-8")
@@ -63,6 +66,26 @@ def export_run(runs: Runs, run: Row, out: Path, *, selected_by: str, force: bool
         _write(draft / STATEMENT, card["statement"])
         _write(draft / CARD, card)
     return out
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A file of the run's own: a link could lead to anything that this user can read, and it would be shipped."""
+    if source.is_symlink():
+        raise InputError(f"{source}: is a link; a checkpoint holds files of its own: restore it from a backup")
+    shutil.copyfile(source, target)
+
+
+def check_picture(path: Path) -> None:
+    """Makes sure that a grid of samples is a picture, and nothing else under its name.
+
+    Raises:
+        InputError: it is no PNG.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.verify()
+    except (OSError, ValueError, SyntaxError) as error:
+        raise InputError(f"{path}: is no PNG ({' '.join(str(error).split())})") from None
 
 
 def default_folder(runs: Runs) -> Path:

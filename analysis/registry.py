@@ -19,9 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image
-
-from analysis.export import FILES, PACKAGES, REQUIREMENTS, as_file_name
+from analysis.export import FILES, PACKAGES, REQUIREMENTS, as_file_name, check_picture
 from analysis.model import IMAGE, LABEL, SEED
 from analysis.runs import Row, Runs
 from analysis.store import asking
@@ -303,7 +301,7 @@ def _check_export(folder: Path, place: str) -> None:
     try:
         _, description = load_generator(folder)
         config, card = load_config(folder / schema.CONFIG_ARTIFACT), read_json(folder / CARD)
-        _check_picture(folder / schema.GRID_ARTIFACT)
+        check_picture(folder / schema.GRID_ARTIFACT)
         if (folder / STATEMENT).exists():
             read_json(folder / STATEMENT)
     except InputError as error:
@@ -317,11 +315,3 @@ def _check_export(folder: Path, place: str) -> None:
         raise InputError(
             f"{place}: '{wrong[0][:80]}' of its requirements must be PACKAGE==VERSION; do not install them"
         )
-
-
-def _check_picture(path: Path) -> None:
-    try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            picture.verify()
-    except (OSError, ValueError, SyntaxError) as error:
-        raise InputError(f"{path}: is no PNG ({' '.join(str(error).split())})") from None

@@ -314,6 +314,28 @@ def test_nothing_is_overwritten_without_force(runs: Runs, tmp_path: Path) -> Non
     assert not (out / "mark").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "rule"), [(None, "is a link"), (b"root:x:0:0", "is no PNG")], ids=["a link out", "no picture"]
+)
+def test_a_grid_that_is_no_picture_of_the_run_is_not_shipped(
+    runs: Runs, tmp_path: Path, content: bytes | None, rule: str
+) -> None:
+    run = chosen(runs, "fid")
+    grid = export.checkpoint_of(run) / schema.GRID_ARTIFACT
+    kept = grid.rename(tmp_path / "holiday.png")
+    if content is None:
+        grid.symlink_to(kept)
+    else:
+        grid.write_bytes(content)
+    try:
+        with pytest.raises(InputError, match=rule):
+            export_run(runs, run, tmp_path / "out", selected_by="fid")
+    finally:
+        grid.unlink()
+        kept.rename(grid)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_force_does_not_replace_what_is_no_export(runs: Runs, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(InputError, match=r"without card\.json it is not replaced"):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from dpsink.config import DataConfig
 from dpsink.console import metric_text
 from dpsink.data import load_dataset
 from dpsink.errors import InputError
+from dpsink.privacy.accounts import StudyAccounts
 from dpsink.privacy.budget import charged_steps
 from dpsink.privacy.ledger import PrivacyStatement, TrialCost, planned_epsilon
 from dpsink.records import CheckpointState, latest_state
@@ -37,6 +39,7 @@ from tune.cluster import Crashed, Interrupted
 from tune.folder import StudyFolder
 from tune.lock import only_one
 from tune.memory import SearchMemory, open_optuna
+from tune.preflight import check_study
 from tune.repeat import repetition
 from tune.study import Study, load_study
 from tune.summary import print_summary, summarise
@@ -827,6 +830,29 @@ def test_a_bug_leaves_nothing_running_in_mlflow_and_is_on_record(root: Path, inl
     outcome = folder_of(path).outcome()
     assert outcome and "an error: a bug" in outcome.problem
     assert_killed(path)
+
+
+def test_a_driver_that_was_replaced_writes_nothing_more_about_the_study(
+    root: Path, monkeypatch: pytest.MonkeyPatch, inline: Callable[..., Inline]
+) -> None:
+    """Its machine was cut off, the same command was run on another, and it comes back."""
+    path = write_study(root, "replaced", steps=4, points=1, trials=1)
+    study, folder, one_by_one = load_study(path), folder_of(path), inline()
+
+    def taken_over(study: Study, folder: StudyFolder, searcher: Any, listener: Any) -> None:
+        monkeypatch.setattr(socket, "gethostname", lambda: "another machine")
+        plan = check_study(study, None)
+        with StudyAccounts.open(folder.ledger, plan.terms, witness=folder.witness()):
+            folder.write_statement({"by": "the other driver"})
+            one_by_one(study, folder, searcher, listener)
+
+    monkeypatch.setattr(cluster, "run_on_ray", taken_over)
+    outcome = run_study(study)
+    assert not outcome.finished
+    assert outcome.problem == "another sweep, on another machine, has taken the study over"
+    assert folder.statement() == {"by": "the other driver"}
+    assert folder.outcome() is None
+    assert set(states(folder).values()) <= {None}
 
 
 def test_ctrl_c_outside_of_the_trials_stops_the_study_too(root: Path, inline: Callable[..., Inline]) -> None:

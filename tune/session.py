@@ -8,6 +8,7 @@ from typing import Any
 
 from dpsink.privacy.accounts import StudyAccounts
 from dpsink.privacy.ledger import PrivacyStatement
+from dpsink.privacy.storage import FencedError
 from tune.board import Board, ledger_line
 from tune.choice import chosen_trials, judge_once
 from tune.folder import SessionEnd, StudyFolder
@@ -68,6 +69,8 @@ class Session:
                     self.finished = True
         except NoRoom as full:
             self.problem = str(full)
+        except FencedError:
+            self.problem = "another sweep, on another machine, has taken the study over"
         except KeyboardInterrupt:  # while Ray starts, or the best are judged: elsewhere signals are a flag
             self.interrupted, self.problem = True, "stopped"
         except Exception as error:
@@ -75,7 +78,10 @@ class Session:
             raise
 
     def close(self) -> dict[str, Any]:
-        """Writes the statement and closes the books, however the session ended."""
+        """Writes the statement and closes the books, however it ended, unless they are another driver's by now."""
+        if self.accounts.fenced:
+            self.tracker.abandon()
+            return self.folder.statement()
         try:
             with told_when_full(self.folder.path):
                 self._write_end()

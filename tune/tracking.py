@@ -434,6 +434,13 @@ class MLflowTracker:
             self._thread.join(min(patience, max(0.0, deadline - time.monotonic())))
         return self._give_up()
 
+    def abandon(self) -> None:
+        """Writes no more: the study's runs are another process's to write."""
+        with self._changed:
+            self._pending.clear()
+            self._closing = self._abandoned = True
+            self._changed.notify()
+
     def _give_up(self) -> bool:
         """Drops what the thread could not write in time; it is in the folder."""
         with self._changed:

@@ -14,6 +14,7 @@ from typing import Any
 
 from dpsink.privacy.ledger import PrivacyStatement, StudyLedger, TrialCost, planned_epsilon
 from dpsink.privacy.plan import PrivacyPlan
+from dpsink.privacy.storage import FencedError
 
 TRAINING, SCORES = "training", "scores"
 RECORDS = {TRAINING: "training", SCORES: "private validation"}  # whose an account is, in the statement
@@ -176,6 +177,16 @@ class StudyAccounts:
             assumptions=(*largest.assumptions, _DISJOINT),
             accounts={name: _reading(statement) for name, statement in statements.items()},
         )
+
+    @property
+    def fenced(self) -> bool:
+        """Whether another driver has opened the ledgers: then this one has no more say about the study."""
+        try:
+            for ledger in self._ledgers.values():
+                ledger.refuse_if_fenced()
+        except FencedError:
+            return True
+        return False
 
     def witness(self) -> dict[str, Any]:
         """What to keep outside the ledgers; JSON-able."""

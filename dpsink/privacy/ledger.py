@@ -746,6 +746,10 @@ class StudyLedger:
             f" {cap:.4g} at order {order:g})"
         )
 
+    def refuse_if_fenced(self) -> None:
+        """Raise FencedError if another driver has opened the ledger: the study is that one's to go on with."""
+        self._chain.refuse_if_fenced()
+
     def witness(self) -> dict[str, Any]:
         """What to keep outside the ledger, and to give to `open`; JSON-able."""
         return self._chain.witness()

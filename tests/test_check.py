@@ -283,16 +283,27 @@ def test_a_trial_that_needs_more_than_is_free_is_no_crash(tmp_path: Path) -> Non
         check.footprint(sketch)
 
 
-@pytest.mark.slow
-def test_an_engines_footprint_is_that_of_its_trials_and_of_an_evaluation(tmp_path: Path) -> None:
-    sketch = Sketch(
-        configs=tuple(largest(load(tmp_path))), slots=2, padded=True, shape=(1, 8, 8), num_classes=10, records=1437,
+def digits(place: Path, *, slots: int, padded: bool) -> Sketch:
+    return Sketch(
+        configs=tuple(largest(load(place))), slots=slots, padded=padded, shape=(1, 8, 8), num_classes=10, records=1437,
         validation=180, test=180, limit=8 * GIB,
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_an_engines_footprint_is_that_of_its_trials_and_of_an_evaluation(tmp_path: Path) -> None:
+    sketch = digits(tmp_path, slots=2, padded=True)
     taken = check.footprint(sketch)
     evaluated = check.footprint(sketch.model_copy(update={"configs": (heavily_judged(sketch.configs[-1]),)}))
     assert 0 < taken.tensors < taken.memory and taken.files > 0
     assert evaluated.memory > taken.memory + 50 * 2**20
+
+
+@pytest.mark.slow
+def test_a_footprint_does_not_count_the_memory_of_who_measures_it(tmp_path: Path) -> None:
+    sketch = digits(tmp_path, slots=1, padded=False)
+    ballast = b"x" * (2 * GIB)
+    assert check.footprint(sketch).memory < len(ballast)
 
 
 def heavily_judged(config: TrialConfig) -> TrialConfig:

@@ -46,7 +46,7 @@ NODE_LOSSES = 100  # of one trial, on machines that may be taken away at any tim
 NODE_LOST = ("node was terminated", "node has died", "is unavailable", "receives a SIGTERM")
 GROWS = "lower it, or on a cluster that grows set resources.concurrency to what it may grow to"
 LOOK_SECONDS = 5.0  # between two looks at what nodes there are
-STOP_SECONDS = 5.0  # for all trials to stop in
+STOP_SECONDS = 3.0  # for all trials to stop in
 
 
 class Interrupted(BaseException):

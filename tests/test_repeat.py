@@ -162,6 +162,13 @@ def test_a_repetition_that_goes_on_counts_with_all_that_it_may_spend(first: Stud
     assert earlier_study(first.path, "twice").spent == pytest.approx(12.5 + 2)
 
 
+def test_a_repetition_that_has_claimed_nothing_yet_comes_first(first: StudyFolder) -> None:
+    claimed(first, "once", 2.0, spent=0.5, finished=False)
+    (first.path.parent / "once" / "statement.json").unlink()
+    with pytest.raises(InputError, match="study once: has no privacy statement yet"):
+        earlier_study(first.path, "twice")
+
+
 def test_a_repetition_that_is_gone_on_with_does_not_count_itself(first: StudyFolder) -> None:
     claimed(first, "once", 2.0, spent=0.5, finished=False)
     assert earlier_study(first.path, "once").epsilon == 12.5

@@ -109,30 +109,19 @@ def test_clean_stop_charges_only_the_steps_that_ran(digits: ImageData, tmp_path:
     assert charged_steps(tmp_path / "run" / "ledger") == read_state(checkpoint).step
 
 
-def test_crash_replays_are_charged_again(digits: ImageData, tmp_path: Path) -> None:
-    """Steps after the last checkpoint are lost, run again with fresh noise, and paid for twice."""
-
-    class Crash(ReplayedEntropy):
-        calls = 0
-
-        def random_bytes(self, count: int) -> bytes:
-            self.calls += 1
-            if self.calls > 5 * DRAWS:  # in the sixth step
-                raise OSError("the machine died")
-            return super().random_bytes(count)
-
-    config, folder = small("privacy.step_limit=8", "evaluation.points=2"), tmp_path / "run"
-    with pytest.raises(OSError, match="died"):
-        run(config, digits, folder, entropy=Crash(0))
-    last = run(config, digits, folder)[-1]
-    # Six of eight steps were reserved and the checkpoint is at four: two are replayed, and not to be had twice.
-    assert (last.charged, last.step) == (8, 6)
-
-
-def test_crash_far_from_any_report_loses_only_what_came_after_the_last_minutes_checkpoint(
-    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("points", "seconds", "step"),
+    [
+        # Six of eight steps were reserved and the checkpoint is at four: two are replayed, and not to be had twice.
+        (2, training.CHECKPOINT_SECONDS, 6),
+        # Far from any report: saved at every reservation, which is of one step here.
+        (1, 0.0, 7),
+    ],
+)
+def test_steps_after_the_last_checkpoint_are_lost_in_a_crash_run_again_and_paid_for_twice(
+    digits: ImageData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, points: int, seconds: float, step: int
 ) -> None:
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)  # at every reservation, which is of one step here
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", seconds)
 
     class Crash(ReplayedEntropy):
         calls = 0
@@ -143,11 +132,11 @@ def test_crash_far_from_any_report_loses_only_what_came_after_the_last_minutes_c
                 raise OSError("the machine died")
             return super().random_bytes(count)
 
-    config, folder = small("privacy.step_limit=8", "evaluation.points=1"), tmp_path / "run"
+    config, folder = small("privacy.step_limit=8", f"evaluation.points={points}"), tmp_path / "run"
     with pytest.raises(OSError, match="died"):
         run(config, digits, folder, entropy=Crash(0))
     last = run(config, digits, folder)[-1]
-    assert (last.charged, last.step) == (8, 7)
+    assert (last.charged, last.step) == (8, step)
 
 
 def test_checkpoint_between_two_reports_changes_neither_reports_nor_weights(

@@ -84,7 +84,10 @@ def _repetitions(first: StudyFolder, study_id: str) -> list[StudyFolder]:
 
 
 def _claim(folder: StudyFolder) -> Claim:
-    statement = PrivacyStatement.from_dict(folder.statement())
+    """What a study's statement says; one that was killed before its first cannot be counted."""
+    if not (told := folder.statement()):
+        raise InputError(f"study {folder.path.name}: has no privacy statement yet; run its command again first")
+    statement = PrivacyStatement.from_dict(told)
     return statement.study_epsilon, statement.study_delta, statement.spent
 
 

@@ -172,14 +172,15 @@ def _download(path: Path) -> None:
 @lru_cache(maxsize=1)
 def _load_inception(path: Path, device: str) -> Extractor:
     try:
-        # torch-fidelity unpickles without a guard: refuse a file that holds more than tensors first.
+        # The published weights are a pickle, which torch-fidelity reads without a guard: before it does, a file that
+        # holds more than tensors is refused, and then any other than the published one.
         torch.load(path, map_location="cpu", weights_only=True)
-        with torch.random.fork_rng(devices=[]):
-            network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
         with path.open("rb") as file:
             weights = hashlib.file_digest(file, "sha256").hexdigest()
         if not weights.startswith(INCEPTION_SHA256_PREFIX):  # an FID by others would pass for one by these
             raise ValueError(f"its SHA-256 does not begin with {INCEPTION_SHA256_PREFIX}")
+        with torch.random.fork_rng(devices=[]):
+            network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, TypeError, ValueError) as error:
         # Torch's own words on a refused pickle advise to load it all the same.
         refused = isinstance(error, pickle.UnpicklingError)

@@ -21,6 +21,7 @@ from tune.folder import StudyFolder
 from tune.study import load_study
 from tune.sweep import run_study
 from tune.trainable import flat
+from tune.wire import packed
 
 SECONDS, EACH = 20.0, 3  # of a trial; trials of each node
 
@@ -30,7 +31,7 @@ def sleep_through(config: dict[str, Any], device: str) -> None:
     writer = Writer(StudyFolder(Path(config["folder"])), config["trial"])
     for _ in range(writer.reports):
         time.sleep(SECONDS / writer.reports)
-        ray_tune.report(flat(writer.report()))
+        ray_tune.report(packed(flat(writer.report())))
     writer.budget.close()
 
 

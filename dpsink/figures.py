@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from dpsink.errors import InputError
-from dpsink.privacy.accounting import Accountant, epsilon_curve
+from dpsink.privacy.accounting import epsilon_curve
+from dpsink.privacy.questions import Accountant
 
 POINTS = 24  # per curve
 STYLES: tuple[tuple[Accountant, str], ...] = (("pld", "-"), ("rdp", "--"))

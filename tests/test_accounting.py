@@ -17,11 +17,8 @@ from opacus.accountants import RDPAccountant
 from scipy.special import log_ndtr
 
 from dpsink.errors import InputError
-from dpsink.privacy import accounting
+from dpsink.privacy import accounting, bounds
 from dpsink.privacy.accounting import (
-    MAX_STEPS,
-    MIN_NOISE_MULTIPLIER,
-    Accountant,
     accountant_version,
     epsilon,
     epsilon_curve,
@@ -29,6 +26,7 @@ from dpsink.privacy.accounting import (
     noise_multiplier_for,
     sample_rate_for,
 )
+from dpsink.privacy.questions import MAX_STEPS, MIN_NOISE_MULTIPLIER, Accountant, Mechanism
 
 ACCOUNTANTS = get_args(Accountant)
 MNIST: dict[str, Any] = {"delta": 1e-5, "sample_rate": 50 / 60_000, "noise_multiplier": 1.1}
@@ -124,7 +122,7 @@ def test_pld_agrees_with_the_accountant_of_dp_accounting(parameters, steps):
 def test_rdp_agrees_with_the_accountant_of_opacus(parameters, steps):
     opacus = RDPAccountant()
     opacus.history = [(parameters["noise_multiplier"], parameters["sample_rate"], steps)]
-    orders = accounting._RDP_ORDERS.tolist()
+    orders = list(bounds.RDP_ORDERS)
     reference = opacus.get_epsilon(parameters["delta"], alphas=orders)
     got = epsilon(steps=steps, accountant="rdp", **parameters)
     assert got == pytest.approx(reference, rel=1e-6)
@@ -134,7 +132,7 @@ def test_rdp_agrees_with_the_accountant_of_opacus(parameters, steps):
 def test_rdp_of_rare_sampling_stays_positive():
     """Opacus loses log A to rounding here and returns negative RDP at most orders: more steps would cost less."""
     spent = epsilon_curve(steps=[10**8, 10**9], delta=1e-5, sample_rate=1e-8, noise_multiplier=20.0, accountant="rdp")
-    assert np.all(accounting._rdp_curve(accounting._Mechanism(1e-8, 20.0)) > 0)
+    assert np.all(bounds.rdp_curve(Mechanism(1e-8, 20.0)) > 0)
     assert 0 < spent[0] < spent[1]
 
 
@@ -190,9 +188,9 @@ def test_a_curve_is_its_points(accountant):
 
 
 def test_a_curve_builds_one_loss_distribution():
-    accounting._one_step.cache_clear()
+    bounds._one_step.cache_clear()
     epsilon_curve(steps=[1, 50, 300], **QUICK)
-    assert accounting._one_step.cache_info().misses == 1
+    assert bounds._one_step.cache_info().misses == 1
 
 
 @pytest.mark.parametrize("accountant", ACCOUNTANTS)

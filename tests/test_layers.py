@@ -68,6 +68,13 @@ def words(call: ast.Call) -> dict[str | None, str]:
     return {word.arg: ast.unparse(word.value) for word in call.keywords}
 
 
+def loaded_by(*modules: str) -> set[str]:
+    """All modules of a process that imports these."""
+    program = f"import json, sys\nfor name in {modules}: __import__(name)\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout))
+
+
 ALL_CALLS = list(calls(*sources(*PACKAGES)))
 
 # Layers.
@@ -75,12 +82,15 @@ ALL_CALLS = list(calls(*sources(*PACKAGES)))
 
 @pytest.mark.slow
 def test_importing_the_whole_method_loads_no_infrastructure() -> None:
-    modules = [module_name(path) for path in sources("dpsink") if path.name != "__main__.py"]
-    program = f"import json, sys\nfor name in {modules}: __import__(name)\nprint(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = json.loads(done.stdout)
-    assert set(modules) <= set(loaded)
+    modules = {module_name(path) for path in sources("dpsink") if path.name != "__main__.py"}
+    loaded = loaded_by(*modules)
+    assert modules <= loaded
     assert not {name.partition(".")[0] for name in loaded} & INFRASTRUCTURE
+
+
+@pytest.mark.slow
+def test_a_trial_starts_without_the_libraries_that_accounted_for_it() -> None:
+    assert not {"dp_accounting", "opacus", "dpsink.privacy.bounds"} & loaded_by("tune.trainable")
 
 
 def test_method_imports_no_infrastructure_even_inside_functions() -> None:

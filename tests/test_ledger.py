@@ -414,7 +414,7 @@ def test_composition_that_was_asked_for_before_is_not_made_again(folder, monkeyp
         ledger.admit("a", SMALL)
         ledger.admit("b", other)
         spent = ledger.spent()
-        monkeypatch.setattr("dpsink.privacy.ledger.PLDAccountant", lambda: pytest.fail("composed again"))
+        monkeypatch.setattr("dp_accounting.pld.PLDAccountant", lambda: pytest.fail("composed again"))
         assert ledger.spent() == spent
 
 

@@ -24,7 +24,7 @@ from dpsink.generators import build_generator
 from dpsink.privacy.budget import TrialBudget, charged_steps
 from dpsink.privacy.ledger import Selection, planned_epsilon
 from dpsink.privacy.plan import derive_plan
-from dpsink.records import CheckpointState, Report
+from dpsink.records import CheckpointState, Report, latest_state
 from dpsink.synthesis import sample_grid
 from dpsink.training import train
 from tune import search
@@ -118,7 +118,9 @@ class Driver:
 
 
 def write_run(run: Path, config: TrialConfig, metrics: dict[str, float], charged: int, status: str) -> None:
-    """A run folder: so many steps charged, and one checkpoint."""
+    """A run folder: so many steps charged, and a checkpoint with one more report."""
+    latest = latest_state(run)
+    earlier = [told for told in (latest[1].reports if latest else ()) if told.step < charged]
     plan = derive_plan(config, 1437)
     with TrialBudget.open(run / "ledger", plan.terms("hmac")) as budget:
         budget.reserve(charged - budget.charged)
@@ -128,7 +130,7 @@ def write_run(run: Path, config: TrialConfig, metrics: dict[str, float], charged
     )  # fmt: skip
     description = CheckpointState(
         config=config, plan=asdict(plan), image_shape=(1, 8, 8), num_classes=10, step=charged,
-        data_fingerprint="hmac", reports=(report,),
+        data_fingerprint="hmac", reports=(*earlier, report),
     )  # fmt: skip
     generator = build_generator(config, (1, 8, 8), 10)
     state = TrialState(generator, torch.zeros(2, 0), torch.Generator().manual_seed(0), charged)
@@ -878,6 +880,17 @@ def test_no_trial_is_stopped_between_rungs_or_before_the_first(halving: Driver) 
     assert not report(halving, first, 0.9)
     assert not report(halving, second, 0.1, 0.2)
     assert not report(halving, first, 0.0, 0.4)
+
+
+def test_a_trial_is_judged_on_each_rung_by_what_it_scored_there(halving: Driver) -> None:
+    """However far it has got before a driver, which was away, looks again."""
+    _, first, second, third, _ = halving.suggest_all()
+    assert not report(halving, first, 0.5)
+    for name, early, late in ((second, 0.4, 0.9), (third, 0.6, 0.3)):
+        halving.run(name, early, charged=STEPS // 4, status="running")
+        halving.run(name, late, charged=STEPS // 4 + 1, status="running")
+    assert halving.searcher.should_stop(second)
+    assert not halving.searcher.should_stop(third)
 
 
 def test_a_baseline_is_never_stopped(halving: Driver) -> None:

@@ -80,11 +80,12 @@ class SearchMemory:
         """Whether others did better with as much of their budget; never of one that is run again."""
         if self._frozen(number).state != TrialState.RUNNING or reports[-1].status != RUNNING:
             return False
-        self._take_in(number, reports)
-        return self._given_up(number)
+        # One after the other: on each rung a trial is judged by what it scored there, however far it has got since.
+        return any(self._stops_at(number, report) for report in reports)
 
-    def _given_up(self, number: int) -> bool:
+    def _stops_at(self, number: int, report: Report) -> bool:
         """The pruner decides on each rung once, so that its word is kept for a driver that comes after."""
+        self._take_in(number, [report])
         trial = self._frozen(number)
         if STOPPED in trial.user_attrs:
             return True

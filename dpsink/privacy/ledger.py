@@ -30,13 +30,10 @@ from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
-from dp_accounting import dp_event
-from dp_accounting.pld import PLDAccountant
-from opacus.accountants.analysis.rdp import compute_rdp
-from scipy.optimize import root_scalar
 
 from dpsink.errors import InputError
 from dpsink.privacy.accounting import accountant_version, epsilon
+from dpsink.privacy.questions import Mechanism
 from dpsink.privacy.storage import GENESIS, Chain, Storage, as_storage
 
 Policy = Literal["compose_all", "release_best", "per_trial_only"]
@@ -83,7 +80,9 @@ class TrialCost:
         """Rényi divergence of all steps at each order: [len(orders)], in nats."""
         if self.steps == 0:
             return np.zeros(len(orders))  # also without noise, where one step is infinite
-        return self.steps * _step_rdp(self.sample_rate, self.noise_multiplier, orders)
+        from dpsink.privacy.bounds import rdp_curve  # takes seconds, and who only trains needs none of it
+
+        return self.steps * rdp_curve(Mechanism(self.sample_rate, self.noise_multiplier), orders)
 
 
 @dataclass(frozen=True)
@@ -229,8 +228,11 @@ def composed_epsilon(costs: Iterable[TrialCost], delta: float) -> float:
 @lru_cache(maxsize=256)  # a composition takes a second, and a study asks again whenever a trial has ended
 def _mixed_epsilon(kinds: tuple[TrialCost, ...], delta: float) -> float:
     """ε of different mechanisms by PLD, and never more than by RDP."""
+    from dp_accounting import dp_event
+    from dp_accounting.pld import PLDAccountant
+
     bound = _rdp_epsilon(kinds, delta)
-    allowed = delta - 2.0**-50 * sum(kind.steps for kind in kinds)  # less what FFTs may hide, as in `accounting.py`
+    allowed = delta - 2.0**-50 * sum(kind.steps for kind in kinds)  # less what FFTs may hide, as in `bounds.py`
     if allowed <= 0:
         return bound
     accountant = PLDAccountant()
@@ -302,18 +304,10 @@ def _conversion(delta: float) -> np.ndarray:
     return np.log1p(-1 / orders) - np.log(delta * orders) / (orders - 1)
 
 
-@lru_cache(maxsize=1 << 14)  # at least the trials of a large study: the filter adds them all up at each start
-def _step_rdp(sample_rate: float, noise_multiplier: float, orders: tuple[float, ...]) -> np.ndarray:
-    """Divergence of one step, with the library's rounding charged on top (measured in `accounting.py`)."""
-    curve = np.array(compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=list(orders)))
-    order = np.array(orders)
-    series = np.where(order % 1 == 0, 0.0, 5e-13)  # at fractional orders an infinite series is cut
-    rounding = (series + 1e-15 * (order + 1)) / (order - 1) + 1e-12 * np.abs(curve)
-    return np.nan_to_num(curve + rounding, nan=math.inf, posinf=math.inf)
-
-
 def _logarithmic_gamma(mean: float) -> float:
     """γ of the logarithmic distribution with that mean, (1/γ - 1) / ln(1/γ)."""
+    from scipy.optimize import root_scalar
+
     solution = root_scalar(lambda gamma: (1 / gamma - 1) / -math.log(gamma) - mean, bracket=(1e-12, 1 - 1e-12))
     return float(solution.root)
 

@@ -2,7 +2,8 @@
 
 `scale` runs many trivial trials through the whole path, Ray, search, ledgers, checkpoints and MLflow on sqlite: seconds
 a trial, resident memory of the driver on the way, and how long `status` takes on the result. `overhead` compares
-trials of a minute with a bare loop over the same trials, in as many processes with as many threads.
+trials of a minute, from the first one's start to the last one's end, with a bare loop over the same trials, in as many
+processes with as many threads: as a script that is started, and without what its imports take.
 
 The trials are real ones, only small. `--trials N` is the size of the first, `--seconds S` the length of a trial of
 the second, `--only KIND` runs one part, `--quick` everything tiny (a smoke test), `--json PATH` keeps the numbers.
@@ -138,10 +139,11 @@ def _overhead(trials: int, seconds: float) -> list[Row]:
         study = _write_study(Path(place), trials, steps)
         whole = _run_study(study)
         folder = StudyFolder(study.parent / "bench")
-        ours, bare = _span(folder), _bare_seconds(folder, Path(place))
+        ours, (script, loop) = _span(folder), _bare_seconds(folder, Path(place))
     values: Values = {
-        "whole s": whole["s"], "trials s": ours, "bare s": bare, "extra s a trial": (ours - bare) / trials * WORKERS,
-        "extra %": 100 * (ours / bare - 1), "steps": steps,
+        "whole s": whole["s"], "trials s": ours, "script s": script, "loop s": loop,
+        "extra s a trial": (ours - script) / trials * WORKERS, "extra % of script": 100 * (ours / script - 1),
+        "extra % of loop": 100 * (ours / loop - 1), "steps": steps,
     }  # fmt: skip
     return [Row("overhead", f"{trials} trials of {seconds:g} s", values)]
 
@@ -153,17 +155,19 @@ def _span(folder: StudyFolder) -> float:
     return max(ended) - min(begun)
 
 
-def _bare_seconds(folder: StudyFolder, place: Path) -> float:
-    """The same trials in a loop, in as many processes; the slower one's time, without its imports."""
+def _bare_seconds(folder: StudyFolder, place: Path) -> tuple[float, float]:
+    """The same trials in a loop, in as many processes: seconds of the slower script, and of the slower loop in it."""
     command = [sys.executable, "-m", "experiments.bench.study", "--bare"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    loops = [
+    started = time.perf_counter()
+    scripts = [
         subprocess.Popen(
             [*command, str(folder.path), str(place / f"bare-{k}"), str(k)], stdout=subprocess.PIPE, env=environment
         )
         for k in range(WORKERS)
     ]
-    return max(float(loop.communicate()[0]) for loop in loops)
+    loops = [float(script.communicate()[0]) for script in scripts]
+    return time.perf_counter() - started, max(loops)
 
 
 def _bare_loop(study: Path, place: Path, worker: int) -> None:

@@ -96,6 +96,9 @@ class Silent:
     def progressed(self, name: str, values: dict[str, Any]) -> None:
         pass
 
+    def waiting(self) -> None:
+        pass
+
     def pause(self) -> None:
         pass
 

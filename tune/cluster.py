@@ -80,6 +80,10 @@ class Listener(Protocol):
         """A trial was given up for what is no fault of its own: it is to be run again."""
         ...
 
+    def waiting(self) -> None:
+        """Tune is about to wait for its trials: several times a second."""
+        ...
+
 
 class _Relay(tune.Callback):
     """Passes Tune's events on in our own vocabulary, and a person's wish to stop the other way."""
@@ -100,6 +104,7 @@ class _Relay(tune.Callback):
         if self.should_stop():
             self._stop(trials)
         require_room(self.folder.path)
+        self.listener.waiting()
 
     def _stop(self, trials: list[Any]) -> None:
         """Lets the trials end after their step, with everything durable, as far as a few seconds allow."""

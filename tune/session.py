@@ -23,6 +23,7 @@ log = logging.getLogger("dpsink")
 
 SESSIONS = 3  # how often Ray may fall over as a whole before a person is asked
 READING_SHARE = 0.05  # of the session's time, at most, that goes into reading what was spent
+SETTLED = 1.0  # seconds after a trial's end by which its slot has the next one
 PATIENCE = 30.0  # seconds that MLflow may take without progress at the end of a study
 HURRY = 3.0  # seconds that it may take while a person waits for the study to stop
 
@@ -49,6 +50,7 @@ class Session:
         self.study, self.folder, self.plan, self.accounts, self.data_root = study, folder, plan, accounts, data_root
         self.finished = self.interrupted = False
         self._next_reading = 0.0
+        self._unread = False  # whether a trial has ended since the last reading
         self.problem = "it has not ended"
         self.work = self._make_work()  # where trials are recorded and run
         self.board: Any = self._make_board()
@@ -119,12 +121,20 @@ class Session:
         """A trial is about to start, or has ended."""
         self.work.write_witness(self.accounts.witness())
         end = self.folder.end_of(name)
-        if end:
-            self._read_spent()
-        else:  # the claim is the same at the study's end, when the reading in it is brought up to date
+        if end and not self._unread:
+            self._unread, self._next_reading = True, max(self._next_reading, time.monotonic() + SETTLED)
+        if not end:  # the claim is the same at the study's end, when the reading in it is brought up to date
             self.folder.copy_statement(name)
         self.board.show(self.folder.read_trial(name), end.state if end else "running", self._values(name))
         self.tracker.poke(name)
+
+    def waiting(self) -> None:
+        """Tells what was spent while nothing waits for it: reading it may take seconds."""
+        if not self._unread or (started := time.monotonic()) < self._next_reading or self.accounts.fenced:
+            return
+        self.write_statement()
+        self._unread, now = False, time.monotonic()
+        self._next_reading = now + (now - started) / READING_SHARE
 
     def write_statement(self) -> None:
         """Records what may be said about the study's privacy by now."""
@@ -194,14 +204,6 @@ class Session:
         self.folder.write_outcome(
             SessionEnd(finished=self.finished, problem=problem, ended_early=self.searcher.refused)
         )
-
-    def _read_spent(self) -> None:
-        """Tells what was spent, unless reading it, which may take seconds, would hold up the study."""
-        if (started := time.monotonic()) < self._next_reading:
-            return
-        self.write_statement()
-        taken = time.monotonic() - started
-        self._next_reading = time.monotonic() + taken / READING_SHARE
 
     def _values(self, name: str) -> dict[str, float]:
         """What a trial told last."""

@@ -1,6 +1,7 @@
 """Pictures of a study's numbers: what can be had together, what made the difference, what held."""
 
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,6 +73,8 @@ def importance_figure(found: pd.DataFrame) -> "Figure":
 def verdict_figure(found: pd.DataFrame) -> "Figure":
     """What each generator was selected by, and what it is worth to fresh samples on test.
 
+    Below it what its configuration is worth when it is trained again, where it was.
+
     Args:
         found: from `evaluate_top`.
     """
@@ -82,10 +85,21 @@ def verdict_figure(found: pd.DataFrame) -> "Figure":
     places = range(len(rows))
     axes.plot(found["judged"], places, "o", color=DARK, markersize=7, label="judged on test, 95 % interval")
     axes.plot(found["selected"], places, "D", color=ACCENT, markerfacecolor="none", label="selected on validation")
+    _retrained(axes, rows)
     axes.set_yticks(places, [f"{row['rank']}. {row['trial']}" for row in rows], fontsize=9)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(found.attrs["value"])
     return _finished(figure, " ".join(found.attrs["words"][2:3]))
+
+
+def _retrained(axes: "Axes", rows: Sequence[Row]) -> None:
+    """A line lower, so that it does not cover what was judged."""
+    again = [(place + 0.25, row) for place, row in enumerate(rows) if row.get("trainings")]
+    for height, row in again:
+        axes.plot([row["retrained_low"], row["retrained_high"]], [height] * 2, color=MIDDLE, linewidth=2)
+    if again:
+        means = [row["retrained"] for _, row in again]
+        axes.plot(means, [height for height, _ in again], "s", color=MIDDLE, label="trained again, mean and interval")
 
 
 def _sheet(size: tuple[float, float]) -> "tuple[Figure, Axes]":

@@ -185,11 +185,12 @@ def _privacy(material: Material, section: Section) -> None:
         section.words.append("Only the winner is published: how many trials there were, and the others, stay secret.")
     for study in runs.studies:
         statement = _statement(runs, study, section)
-        title = study.name if len(runs.studies) > 1 else "The ledger's statement"
+        alone = len(runs.studies) == 1
+        title = "The ledger's statement" if alone else study.name
         section.tables.append(Table(title, ("", ""), _promised(runs, study, statement)))
         for key, head in (("assumptions", "It holds if"), ("not_covered", "It does not speak of")):
             if isinstance(told := statement.get(key), list):
-                section.lists.append((head, [str(one) for one in told]))
+                section.lists.append((head if alone else f"{study.name}: {head}", [str(one) for one in told]))
 
 
 def _alarms(runs: Runs) -> list[str]:

@@ -93,7 +93,7 @@ def test_step_measures_each_part(kind: str, columns: set[str], tmp_path: Path) -
     ("kind", "columns"),
     [
         ("scale", {"s", "s a trial", "MB at 4", "status s", "resumed s"}),
-        ("overhead", {"whole s", "trials s", "script s", "extra % of script", "extra % of loop"}),
+        ("overhead", {"extra %", "extra s a trial", "steps"}),
     ],
 )
 def test_what_a_study_costs_is_measured(kind: str, columns: set[str], tmp_path: Path) -> None:

@@ -761,6 +761,15 @@ def test_a_configuration_short_of_a_seed_is_not_compared(start: Callable[..., Dr
     assert [one.name for one in configurations(folder, OBJECTIVE)] == ["trial-0001"]
 
 
+def test_a_configuration_with_a_diverged_seed_is_not_compared(start: Callable[..., Driver]) -> None:
+    """As in analysis: that one of two runs went well is luck."""
+    driver = start(**seeded(trials=1))
+    first, second = driver.suggest_all()
+    end_all(driver, [first], value=0.6)
+    end_all(driver, [second], value=0.5, status="diverged")
+    assert configurations(driver.folder, OBJECTIVE) == []
+
+
 def test_a_stopped_trial_is_not_compared(start: Callable[..., Driver]) -> None:
     driver = start(trials=2)
     first, second = driver.suggest_all()

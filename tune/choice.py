@@ -19,13 +19,13 @@ CHOSEN_BY = ("fid", "accuracy")  # what analysis selects by, besides the study's
 
 @dataclass(frozen=True)
 class Configuration:
-    """A searched configuration whose every seed has ended with metrics.
+    """A searched configuration whose every seed has completed.
 
     Attributes:
-        trials: those that completed or diverged, in the order of their names.
+        trials: one for each seed, in the order of their names.
         metrics: means over the trials of what each told last, on validation.
         epsilon: mean of the trials' own.
-        best: the completed trial that is best by the metric compared.
+        best: the trial that is best by the metric compared.
     """
 
     trials: tuple[TrialRecord, ...]
@@ -41,7 +41,7 @@ class Configuration:
 def configurations(folder: StudyFolder, metric: str) -> list[Configuration]:
     """The searched configurations that may be compared by a metric, best first; ties go to the lower ε, then by name.
 
-    Failed and stopped trials count for nothing: what is then short of a seed, or has no completed trial, is left out.
+    The mean of the seeds that went well would flatter one of which another failed or diverged: it is left out.
     The same order as `dpsink-analysis best`, so that both name the same run.
     """
     seeds = folder.read_study().seeds if folder.exists else 1
@@ -107,15 +107,14 @@ def means(metrics: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def _compared(folder: StudyFolder, records: Sequence[TrialRecord], seeds: int, metric: str) -> Configuration | None:
-    ended = [(record, state) for record in records if (state := _state(folder, record)) in schema.FINAL]
-    final = [(record, state, reports[-1]) for record, state in ended if (reports := folder.reports(record.name))]
-    metrics = means([last.metrics for _, _, last in final])
-    completed = [(_loss(last.metrics[metric], metric), last.epsilon, record.name, record)
-                 for record, state, last in final if state == "completed" and metric in last.metrics]  # fmt: skip
-    if len(final) < seeds or not completed or math.isnan(metrics.get(metric, math.nan)):
+    completed = [record for record in records if _state(folder, record) == "completed"]
+    lasts = [(record, reports[-1]) for record in completed if (reports := folder.reports(record.name))]
+    metrics = means([last.metrics for _, last in lasts])
+    if len(lasts) < max(seeds, len(records)) or math.isnan(metrics.get(metric, math.nan)):
         return None
-    epsilon = math.fsum(last.epsilon for _, _, last in final) / len(final)
-    return Configuration(tuple(record for record, _, _ in final), metrics, epsilon, min(completed)[3])
+    epsilon = math.fsum(last.epsilon for _, last in lasts) / len(lasts)
+    best = min((_loss(last.metrics[metric], metric), last.epsilon, record.name, record) for record, last in lasts)[3]
+    return Configuration(tuple(record for record, _ in lasts), metrics, epsilon, best)
 
 
 def _state(folder: StudyFolder, record: TrialRecord) -> str | None:

@@ -2,8 +2,10 @@
 
 `scale` runs many trivial trials through the whole path, Ray, search, ledgers, checkpoints and MLflow on sqlite: seconds
 a trial, resident memory of the driver on the way, and how long `status` takes on the result. `overhead` compares
-trials of a minute, from the first one's start to the last one's end, with a bare loop over the same trials, in as many
-processes with as many threads: as a script that is started, and without what its imports take.
+trials of a minute, one after the other, from the first one's start to the last one's end, with a script that does
+nothing but train the same trials. Both run at the same time, each on a core of its own with all of its processes, and
+once more with the cores exchanged: a shared machine's speed changes by more from one minute to the next than what is
+to be measured.
 
 The trials are real ones, only small. `--trials N` is the size of the first, `--seconds S` the length of a trial of
 the second, `--only KIND` runs one part, `--quick` everything tiny (a smoke test), `--json PATH` keeps the numbers.
@@ -28,7 +30,9 @@ from experiments.bench.harness import Measurement, Row, measure, report
 from tune.folder import StudyFolder
 from tune.study import load_study
 
-WORKERS = 2
+WORKERS = 2  # of the scale part
+TIMED = 4  # trials of the overhead part
+ENDED = "ended"  # file of the script that does nothing but train
 TRIVIAL_STEPS, TIMED_STEPS = 2, 200
 PERIOD = 0.5  # seconds between two looks at a study that runs
 Values = dict[str, float | str]
@@ -38,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints and writes; see the module."""
     arguments = _arguments(argv)
     if arguments.bare:
-        return _bare_loop(Path(arguments.bare[0]), Path(arguments.bare[1]), int(arguments.bare[2]))
+        return _bare_loop(arguments.bare)
     chosen = [one for one in _measurements(arguments) if arguments.only in (None, one.kind)]
     report(measure(chosen), arguments.json)
 
@@ -50,7 +54,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=60, help="length of a trial of the overhead part")
     parser.add_argument("--quick", action="store_true", help="few trials, of a second: shows that it runs")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers here")
-    parser.add_argument("--bare", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -58,11 +62,11 @@ def _measurements(arguments: argparse.Namespace) -> list[Measurement]:
     trials, seconds = (4, 1.0) if arguments.quick else (arguments.trials, arguments.seconds)
     return [
         Measurement("scale", f"{trials} trivial trials", partial(_scale, trials)),
-        Measurement("overhead", f"{2 * WORKERS} trials of {seconds:g} s", partial(_overhead, 2 * WORKERS, seconds)),
+        Measurement("overhead", f"{TIMED} trials of {seconds:g} s", partial(_overhead, TIMED, seconds)),
     ]
 
 
-def _write_study(place: Path, trials: int, steps: int) -> Path:
+def _write_study(place: Path, trials: int, steps: int, workers: int = WORKERS) -> Path:
     tree: dict[str, Any] = {
         "name": "bench",
         "trial": {
@@ -75,7 +79,7 @@ def _write_study(place: Path, trials: int, steps: int) -> Path:
         "algorithm": {"kind": "random", "trials": trials},
         "objectives": ["accuracy_logreg"],
         "test_samples": 100,
-        "resources": {"concurrency": WORKERS},
+        "resources": {"concurrency": workers},
         "storage": str(place),
     }
     path = place / "bench.yaml"
@@ -96,11 +100,11 @@ def _scale(trials: int) -> list[Row]:
     return [Row("scale", f"{trials} trivial trials", values)]
 
 
-def _run_study(study: Path, marks: Sequence[int] = ()) -> Values:
+def _run_study(study: Path, marks: Sequence[int] = (), core: int | None = None) -> Values:
     """Runs a study as a person would; the time, and the driver's memory when so many trials had ended."""
     started, values = time.perf_counter(), Values()
     first = 0.0
-    with _start("tune", "sweep", str(study)) as sweep:
+    with _start("tune", "sweep", str(study), core=core) as sweep:
         while sweep.poll() is None:
             ended = len(list((study.parent / "bench").glob("trials/*/end.json")))
             first = first or (time.perf_counter() - started if ended else 0.0)
@@ -113,9 +117,12 @@ def _run_study(study: Path, marks: Sequence[int] = ()) -> Values:
     return {"s": time.perf_counter() - started, "first trial s": first, **values}
 
 
-def _start(module: str, *arguments: str) -> subprocess.Popen[bytes]:
+def _start(module: str, *arguments: str, core: int | None = None) -> subprocess.Popen[bytes]:
+    """A command with its output thrown away, on one core where one is given."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=subprocess.DEVNULL, env=environment)
+    bound = [] if core is None else ["taskset", "--cpu-list", str(core)]
+    command = [*bound, sys.executable, "-m", module, *arguments]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
 
 
 def _time(module: str, *arguments: str) -> float:
@@ -134,18 +141,25 @@ def _resident_megabytes(pid: int) -> float:
 
 
 def _overhead(trials: int, seconds: float) -> list[Row]:
+    steps, cores = _steps_of(seconds), sorted(os.sched_getaffinity(0))[:2]
+    pairs = [_side_by_side(trials, steps, *order) for order in (cores, cores[::-1])]
+    ours, script = (sum(times) for times in zip(*pairs, strict=True))
+    values: Values = {f"{name} s, turn {turn}": value for turn, pair in enumerate(pairs, 1)
+                      for name, value in zip(("study", "script"), pair, strict=True)}  # fmt: skip
+    values |= {"extra %": 100 * (ours / script - 1), "extra s a trial": (ours - script) / len(pairs) / trials}
+    return [Row("overhead", f"{trials} trials of {seconds:g} s", values | {"steps": steps})]
+
+
+def _side_by_side(trials: int, steps: int, core: int, other: int) -> tuple[float, float]:
+    """Seconds of a study's trials on one core, and of a script that trains the same ones on the other meanwhile."""
     with tempfile.TemporaryDirectory() as place:
-        steps = _steps_of(seconds)
-        study = _write_study(Path(place), trials, steps)
-        whole = _run_study(study)
-        folder = StudyFolder(study.parent / "bench")
-        ours, (script, loop) = _span(folder), _bare_seconds(folder, Path(place))
-    values: Values = {
-        "whole s": whole["s"], "trials s": ours, "script s": script, "loop s": loop,
-        "extra s a trial": (ours - script) / trials * WORKERS, "extra % of script": 100 * (ours / script - 1),
-        "extra % of loop": 100 * (ours / loop - 1), "steps": steps,
-    }  # fmt: skip
-    return [Row("overhead", f"{trials} trials of {seconds:g} s", values)]
+        study = _write_study(Path(place), trials, steps, workers=1)
+        started = time.time()
+        with _start("experiments.bench.study", "--bare", str(study), core=other) as script:
+            _run_study(study, core=core)
+        if script.returncode:
+            raise RuntimeError(f"the script ended with exit code {script.returncode}; its words are above")
+        return _span(StudyFolder(study.parent / "bench")), (Path(place) / ENDED).stat().st_mtime - started
 
 
 def _span(folder: StudyFolder) -> float:
@@ -155,31 +169,15 @@ def _span(folder: StudyFolder) -> float:
     return max(ended) - min(begun)
 
 
-def _bare_seconds(folder: StudyFolder, place: Path) -> tuple[float, float]:
-    """The same trials in a loop, in as many processes: seconds of the slower script, and of the slower loop in it."""
-    command = [sys.executable, "-m", "experiments.bench.study", "--bare"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    started = time.perf_counter()
-    scripts = [
-        subprocess.Popen(
-            [*command, str(folder.path), str(place / f"bare-{k}"), str(k)], stdout=subprocess.PIPE, env=environment
-        )
-        for k in range(WORKERS)
-    ]
-    loops = [float(script.communicate()[0]) for script in scripts]
-    return time.perf_counter() - started, max(loops)
-
-
-def _bare_loop(study: Path, place: Path, worker: int) -> None:
-    """Trains every so many-th trial of a study anew, and prints how long that took."""
+def _bare_loop(path: Path) -> None:
+    """Trains the trials of a study, and says by a file when it has."""
     use_threads(1)
-    records = StudyFolder(study).trials()[worker::WORKERS]
-    data = load_dataset(records[0].config.data)
-    started = time.perf_counter()
-    for record in records:
-        for _ in train(record.config, data, place / record.name):
+    study = load_study(path)
+    searched = [study.configure({"optimizer.lr": 3e-3})] * study.configurations
+    for number, config in enumerate([*map(study.baseline, study.baselines), *searched]):
+        for _ in train(config, load_dataset(config.data), path.parent / f"bare-{number}"):
             pass
-    print(time.perf_counter() - started)
+    (path.parent / ENDED).touch()
 
 
 def _steps_of(seconds: float) -> int:

@@ -276,7 +276,7 @@ def test_what_was_not_trained_again_has_no_such_mean(repeated: Runs, truth_of_tr
 def test_the_picture_shows_new_trainings_where_there_are_some(repeated: Runs, truth_of_trainings: Any) -> None:
     (axes,) = verdict_figure(evaluate_top(repeated, top=3)).axes
     (again,) = [line for line in axes.lines if str(line.get_label()).startswith("trained again")]
-    assert list(again.get_xdata()) == pytest.approx([0.6, 0.82])
+    assert np.asarray(again.get_xdata()) == pytest.approx([0.6, 0.82])
 
 
 def test_both_studies_together_cost_what_the_second_says(repeated: Runs) -> None:

@@ -11,7 +11,7 @@ from dpsink.errors import InputError
 
 CONTROL = "class_mean"
 SAME_EPSILON = 0.01  # relative: calibration stops a little below its target
-_SILENT = {"validation": "public", "test": "public"}  # which own data must say
+OWN_MUST_SAY = ("validation", "test", "classes")  # what has no default for own data; the last, npz only
 
 
 def check_control(place: Path, control: Mapping[str, Any], card: Mapping[str, Any] | None) -> None:
@@ -47,11 +47,12 @@ def control_command(card: Mapping[str, Any]) -> str | None:
     if not card["private"] or card["mechanism"] == CONTROL:
         return None
     data, score_noise = DataConfig.model_validate(card["config"]["data"]), card["config"]["privacy"].get("score_noise")
-    usual = DataConfig.model_validate({"name": data.name, **_SILENT} if data.path else {"name": data.name})
+    said = ("name", *OWN_MUST_SAY) if data.path else ("name",)
+    usual = DataConfig.model_validate({key: getattr(data, key) for key in said})
     words = [
         f"data.{key}={value}"
         for key, value in data.model_dump(mode="json").items()
-        if key == "name" or (data.path and key in ("validation", "test")) or value != getattr(usual, key)
+        if (key in said and value is not None) or value != getattr(usual, key)
     ]
     words += [f"privacy.score_noise={score_noise}"] if score_noise is not None else []
     words += [f"generator.kind={CONTROL}", f"privacy.target_epsilon={card['epsilon']:.4g}"]

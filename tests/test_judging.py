@@ -275,6 +275,7 @@ def test_images_of_unknown_privacy_have_no_control(runs: Path, tmp_path: Path) -
         {"name": "mnist"},
         {"name": "celeba", "attribute": "Smiling"},
         {"name": "folder:my pets", "validation": "public", "test": "public", "test_size": 20, "size": 32},
+        {"name": "npz:mine.npz", "classes": 3, "validation": "public", "test": "public", "test_size": 9},
     ],
 )
 def test_control_s_command_trains_on_the_same_data(data: dict[str, Any]) -> None:

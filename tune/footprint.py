@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # it takes seconds
     from dpsink.data import ImageData, LabelledImages
 
 STEPS = 2
+STARVED = ("llocate memory", "MemoryError", "could not create a primitive")  # words of PyTorch, Python and oneDNN
 CLIENT = 200 * 2**20  # bytes of the process of a trial that an engine trains: 180 MB were measured
 CONTEXT = 700 * 2**20  # bytes of a GPU that a process takes for CUDA's context and libraries: assumed, not measured
 
@@ -76,7 +77,7 @@ def footprint(sketch: Sketch) -> Footprint:
     done = subprocess.run(command, input=sketch.model_dump_json(), capture_output=True, text=True)
     if done.returncode:
         # Some libraries do not look whether they were given memory: they end by a signal, of a negative number.
-        if done.returncode < 0 or "llocate memory" in done.stderr or "MemoryError" in done.stderr:
+        if done.returncode < 0 or any(words in done.stderr for words in STARVED):
             raise InputError(
                 f"a trial needs more than the {sketch.limit / 2**30:.1f} GiB that are free; make it smaller"
             )
@@ -87,6 +88,7 @@ def footprint(sketch: Sketch) -> Footprint:
 
 def _measure(sketch: Sketch) -> Footprint:
     """Takes steps here; the process is used up by that."""
+    import dpsink.privacy.bounds  # noqa: F401 (of a trial whose accounting is not on its node's disk)
     import tune.trainable  # noqa: F401 (a trial's process holds it too)
     from dpsink.data import ImageData
     from dpsink.training import use_threads

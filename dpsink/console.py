@@ -43,6 +43,8 @@ def run(app: typer.Typer) -> None:
         sys.exit(code)
     except InputError as error:
         fail(str(error), BAD_INPUT)
+    except PermissionError as error:
+        fail(f"{error.filename}: {error.strerror}; ask its owner, or name another place", BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         fail("interrupted", INTERRUPTED)
     except Exception as error:

@@ -372,6 +372,16 @@ def test_bare_command_shows_its_commands(dpsink: Command) -> None:
 # Mistakes. Each: exit code 2, one line on stderr that names the value, and nothing written.
 
 
+def test_what_the_system_does_not_permit_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def reads(**_: object) -> None:
+        raise PermissionError(13, "Permission denied", "/theirs/study.json")
+
+    with pytest.raises(SystemExit) as ended:
+        console.run(reads)  # pyright: ignore[reportArgumentType]
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith("error: /theirs/study.json: Permission denied; ask its owner")
+
+
 def check_refused(answer: Answer, named: str) -> None:
     assert (answer.code, answer.out) == (2, "")
     (line,) = answer.errors

@@ -1,10 +1,13 @@
 """On a cluster nodes come and go: how many trials run at a time, what a lost node costs, what `check` says of nodes."""
 
+import errno
 import gc
 import math
+import os
 import socket
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,10 @@ from dpsink.privacy.storage import FencedError
 from dpsink.training import Ensemble, TrialRun
 from tune import cluster
 from tune.check import Preflight
-from tune.cluster import NODE_LOSSES, Interrupted, TooLarge, _Following, _is_memory, _Relay
+from tune.cluster import NODE_LOSSES, Interrupted, TooLarge, _Following, _is_memory, _Limited, _Relay, run_on_ray
 from tune.folder import StudyFolder
 from tune.nodes import Node, leave_ray
+from tune.room import NoRoom
 from tune.search import StudySearcher
 from tune.study import Resources, Study
 from tune.wire import packed
@@ -99,6 +103,9 @@ class Silent:
     def waiting(self) -> None:
         pass
 
+    def spared(self, name: str, error: str) -> None:
+        pass
+
     def pause(self) -> None:
         pass
 
@@ -106,6 +113,44 @@ class Silent:
 def relay_in(place: Path, should_stop: Callable[[], bool] = lambda: False) -> _Relay:
     silent: Any = Silent()
     return _Relay(silent, should_stop, StudyFolder(place), silent)
+
+
+class Tuner:
+    """Tune with one trial that has ended, of which nobody has been told yet."""
+
+    def __init__(self, limited: _Limited) -> None:
+        self.limited = limited
+
+    def fit(self) -> None:
+        with suppress(Exception):  # as Tune does, which then calls the trial a failure
+            self.limited.on_trial_complete("ray-1")
+
+
+def test_error_of_ours_ends_the_session_and_is_no_failure_of_a_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Replaced(Proposing):
+        def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+            raise FencedError("a newer attempt has opened the ledger")
+
+    study, searcher, silent = Study.model_validate({"name": "any"}), Replaced(), Silent()
+    limited = _Limited(searcher, max_concurrent=1)
+    limited.live_trials.add("ray-1")
+    monkeypatch.setattr(cluster, "_start", lambda _: 1)
+    monkeypatch.setattr(cluster, "leave_ray", lambda: None)
+    monkeypatch.setattr(cluster, "_tuner", lambda *_: Tuner(limited))
+    with pytest.raises(FencedError):
+        run_on_ray(study, StudyFolder(tmp_path), searcher, silent)  # pyright: ignore[reportArgumentType]
+
+
+def test_full_disk_of_a_trial_is_told_without_the_words_of_its_process(tmp_path: Path) -> None:
+    """Which name the trial: of a sealed study nobody may know how many there were."""
+    words = f"OSError: [Errno 28] {os.strerror(errno.ENOSPC)}: 'sealed/trials/trial-0012/run'"
+    relay, trial = relay_in(tmp_path), Lost(words, tmp_path)
+    with pytest.raises(NoRoom) as full:
+        relay.on_trial_error(0, [], trial)
+    assert "a disk is full" in str(full.value)
+    assert "trial-0012" not in str(full.value)
 
 
 @pytest.mark.parametrize(

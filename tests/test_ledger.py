@@ -523,6 +523,16 @@ def test_reopened_ledger_knows_what_was_admitted_and_settled(folder):
         ledger.settle("b", 100)
 
 
+def test_settled_trial_is_not_admitted_again(folder):
+    """It would run on, and be charged only what it had run before."""
+    with open_ledger(folder) as ledger:
+        ledger.admit("a", SMALL)
+        ledger.settle("a", 30)
+        assert ledger.settled == {"a"}
+    with open_ledger(folder) as ledger, pytest.raises(InputError, match="never runs again"):
+        ledger.admit("a", SMALL)
+
+
 def test_trial_that_a_dead_driver_left_open_counts_with_its_worst_case(folder):
     with open_ledger(folder) as ledger:
         ledger.admit("a", SMALL)
@@ -603,7 +613,8 @@ def test_killed_driver_forgets_no_admitted_trial(folder):
         with open_ledger(folder, study_epsilon=30.0) as ledger:
             least = [dataclasses.replace(SMALL, steps=50)] * len(announced)
             assert ledger.spent() >= (rdp_epsilon(least) * (1 - 1e-6) if least else 0)
-            for trial in announced:
+            assert ledger.admitted >= set(announced)
+            for trial in set(announced) - ledger.settled:
                 ledger.admit(trial, SMALL)  # known: no second charge, and no refusal
     assert announced
 

@@ -110,6 +110,14 @@ def test_another_repetition_under_the_same_name_is_refused(first: StudyFolder) -
         repetition(str(first.path), top=1, seeds=3)
 
 
+def test_a_repetition_of_what_is_best_by_another_metric_is_not_gone_on_with(first: StudyFolder) -> None:
+    by_fid = repetition(str(first.path), top=1, seeds=3, by="fid")
+    begin(first, by_fid)
+    assert repetition(str(first.path), top=1, seeds=3, by="fid") == by_fid
+    with pytest.raises(InputError, match="not the best by accuracy"):
+        repetition(str(first.path), top=1, seeds=3, by="accuracy")
+
+
 def test_a_study_that_is_not_finished_is_not_repeated(first: StudyFolder) -> None:
     first.write_outcome(SessionEnd(finished=False, problem="stopped"))
     with pytest.raises(InputError, match="not finished"):

@@ -401,11 +401,24 @@ def test_an_end_that_the_driver_did_not_survive_is_repeated(
         with pytest.raises(KeyboardInterrupt):
             driver.end("trial-0001")
     driver.restart()
-    assert driver.suggest() == "trial-0001"
-    driver.end("trial-0001")
+    if interrupted == "settle":
+        assert driver.suggest() == "trial-0001"
+        driver.end("trial-0001")
     assert driver.state_of("trial-0001") == "completed"
     assert driver.told() == {0: (Told.COMPLETE, 0.25)}
     assert 0 < driver.ledger.spent() < worst
+    assert driver.suggest() == "trial-0002"
+
+
+def test_an_entry_of_the_journal_that_was_half_written_is_written_again(driver: Driver) -> None:
+    """By a full disk, or a power cut."""
+    driver.suggest()
+    with (driver.folder.search / "optuna.log").open("ab") as journal:
+        journal.write(b'{"op_code": 5, "worker')
+    driver.restart()
+    assert driver.suggest_all() == ["trial-0001", "trial-0002", "trial-0003"]
+    driver.restart()
+    assert len(driver.told()) == 3
 
 
 @pytest.fixture
@@ -934,6 +947,44 @@ def test_a_trial_that_was_given_up_is_so_for_the_next_driver_too(halving: Driver
     assert halving.searcher.should_stop(second)
     halving.end(second)
     assert halving.state_of(second) == "stopped_early"
+
+
+@pytest.mark.parametrize("interrupted", ["tell", "end_trial"])
+def test_a_stopped_trial_whose_charge_is_final_never_runs_again(
+    halving: Driver, monkeypatch: pytest.MonkeyPatch, interrupted: str
+) -> None:
+    """The driver died after it had settled, and before the trial's end was on disk."""
+    _, first, second, *_ = halving.suggest_all()
+    report(halving, first, 0.9)
+    assert report(halving, second, 0.5)
+    owner: Any = {"tell": optuna.Study, "end_trial": StudyFolder}[interrupted]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, interrupted, dies)
+        with pytest.raises(KeyboardInterrupt):
+            halving.end(second)
+    spent = halving.ledger.spent()
+    halving.restart()
+    assert second not in halving.suggest_all()
+    assert halving.state_of(second) == "stopped_early"
+    assert halving.told()[1] == (Told.PRUNED, None)
+    assert halving.ledger.spent() == spent
+
+
+def test_a_stopped_trial_that_could_not_be_settled_is_stopped_again(
+    halving: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own ledger could not be read, so that its worst case stays charged; and then its driver died."""
+    _, first, second, *_ = halving.suggest_all()
+    report(halving, first, 0.9)
+    assert report(halving, second, 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(StudySearcher, "_charged", lambda *_: {})
+        patch.setattr(StudyFolder, "end_trial", dies)
+        with pytest.raises(KeyboardInterrupt):
+            halving.end(second)
+    halving.restart()
+    assert second in halving.suggest_all()
+    assert halving.searcher.should_stop(second)
 
 
 def test_a_paused_search_starts_nothing_and_leaves_what_is_halfway_to_go_on(driver: Driver) -> None:

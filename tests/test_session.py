@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from dpsink.privacy.accounts import StudyAccounts
+from dpsink.privacy.storage import FencedError
 from tests.test_search import Driver, make_study
 from tune.session import Session
 from tune.sweep import _open_study
@@ -48,9 +49,13 @@ def test_what_was_spent_is_not_read_before_the_slot_of_a_trial_that_ended_has_th
     assert 0 < spent(session) == session.accounts.spent()
 
 
-def test_a_session_that_was_replaced_writes_nothing(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(StudyAccounts, "fenced", True)
-    session.waiting()
+def test_a_session_that_was_replaced_ends_and_writes_nothing(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fenced(_: StudyAccounts) -> None:
+        raise FencedError("a newer attempt has opened the ledger")
+
+    monkeypatch.setattr(StudyAccounts, "refuse_if_fenced", fenced)
+    with pytest.raises(FencedError):
+        session.waiting()
     assert spent(session) == 0
 
 

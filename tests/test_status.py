@@ -1,5 +1,6 @@
 """How a study stands, from its folder alone; and the links into MLflow's pages."""
 
+import errno
 import fcntl
 import json
 import os
@@ -68,6 +69,17 @@ def test_looking_at_a_study_does_not_keep_a_sweep_away(study: StudyFolder) -> No
     assert holder(study) is None
     with only_one(study):
         assert holder(study)
+
+
+def test_a_storage_without_locks_is_refused_in_one_line(study: StudyFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unable(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", unable)
+    with pytest.raises(InputError, match=r"\.lock cannot be locked \(No locks available\)"), only_one(study):
+        pass
+    with pytest.raises(InputError, match="file system with locks"):
+        holder(study)
 
 
 def test_a_failure_is_told_with_its_reason_and_the_ledger_with_its_bound(study: StudyFolder) -> None:

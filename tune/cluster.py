@@ -4,8 +4,8 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,6 +57,22 @@ class TooLarge(InputError):
     """A trial needs more than the cluster has."""
 
 
+class _Ours(BaseException):
+    """An error of ours in a call from Tune. No Exception: Tune would take it for the failure of a trial, or of Ray."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+@contextmanager
+def _kept_from_tune() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise _Ours(error) from error
+
+
 class Crashed(Exception):
     """Ray ended before its trials did, for example because a node ran out of memory."""
 
@@ -76,7 +92,7 @@ class Listener(Protocol):
         """A trial failed for good."""
         ...
 
-    def spared(self, name: str) -> None:
+    def spared(self, name: str, error: str) -> None:
         """A trial was given up for what is no fault of its own: it is to be run again."""
         ...
 
@@ -104,7 +120,8 @@ class _Relay(tune.Callback):
         if self.should_stop():
             self._stop(trials)
         require_room(self.folder.path)
-        self.listener.waiting()
+        with _kept_from_tune():
+            self.listener.waiting()
 
     def _stop(self, trials: list[Any]) -> None:
         """Lets the trials end after their step, with everything durable, as far as a few seconds allow."""
@@ -115,24 +132,27 @@ class _Relay(tune.Callback):
         if time.monotonic() > self._deadline or not any(trial.status == Trial.RUNNING for trial in trials):
             raise Interrupted
 
+    @_kept_from_tune()
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
         name, told = trial.config["trial"], unpacked(result)
         if told["step"] > self._steps[name]:  # it gets on: what it failed of before is behind it
             self._steps[name], trial.run_metadata.num_failures = told["step"], 0
         self.listener.progressed(name, told)
 
+    @_kept_from_tune()
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._forgive(trial)
         self.listener.recovered(trial.config["trial"], _reason(trial))
 
+    @_kept_from_tune()
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         name, reason = trial.config["trial"], _reason(trial)
         if reason == NO_MEMORY:
-            self.listener.spared(name)
+            self.listener.spared(name, reason)
             raise NoRoom(NO_MEMORY)
         if any(os.strerror(number) in reason for number in FULL):
-            self.listener.spared(name)
-            raise NoRoom(f"the disk of {self.folder.path} is full ({reason}); make room")
+            self.listener.spared(name, reason)  # which may name the trial, as nobody may do who seals the study
+            raise NoRoom(f"a disk is full, that of {self.folder.path} or of a trial's machine; make room")
         self.listener.failed(name, reason)
 
     def _forgive(self, trial: Any) -> None:
@@ -143,7 +163,19 @@ class _Relay(tune.Callback):
             trial.run_metadata.num_failures = max(0, trial.run_metadata.num_failures - 1)  # Tune may have forgiven it
 
 
-class _Following(ConcurrencyLimiter):
+class _Limited(ConcurrencyLimiter):
+    """The searcher with a limit: without one Ray asks for trials before there is room, and starts workers in turn."""
+
+    @_kept_from_tune()
+    def suggest(self, trial_id: str) -> Any:
+        return super().suggest(trial_id)
+
+    @_kept_from_tune()
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        super().on_trial_complete(trial_id, result, error)
+
+
+class _Following(_Limited):
     """As many trials at a time as have room on a cluster's nodes, which come and go, and one that waits.
 
     What waits is what an autoscaler sees, and adds a node for.
@@ -170,6 +202,7 @@ class _Stopper(FIFOScheduler):
         """Ray pickles schedulers into a state of its own, which is never used here."""
         return {}
 
+    @_kept_from_tune()
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         return TrialScheduler.STOP if self.should_stop(trial.config["trial"]) else TrialScheduler.CONTINUE
 
@@ -193,9 +226,15 @@ def run_on_ray(study: Study, folder: StudyFolder, searcher: StudySearcher, liste
         with console.stop_on_signals() as should_stop, engines:  # after Ray has set handlers of its own
             folder.order(stop=False)
             relay = _Relay(listener, should_stop, folder, searcher)
-            _tuner(study, folder, searcher, relay, trainable, fitting if ours else None).fit()
-            if should_stop() and searcher.unfinished:  # all that ran have stopped
+            try:
+                _tuner(study, folder, searcher, relay, trainable, fitting if ours else None).fit()
+            except (tune.TuneError, RayError):
+                if not should_stop():  # else it ended as it was asked to, only not as cleanly
+                    raise
+            if should_stop():  # all that ran have stopped, or have just ended
                 raise Interrupted
+    except _Ours as mistake:
+        raise mistake.error from None
     except (tune.TuneError, RayError) as error:
         raise Crashed(NO_MEMORY if _is_memory(error) else _last_words(error)) from None
     finally:
@@ -242,13 +281,13 @@ def _tuner(
 
 
 def _limited(searcher: StudySearcher, resources: Resources, fitting: int | None) -> ConcurrencyLimiter:
-    """The searcher with a limit: without one Ray asks for a trial before there is room, and starts workers one by one.
+    """The searcher with its limit.
 
     Args:
         fitting: trials that fit at a time; None where nodes come and go.
     """
     if limit := resources.concurrency or fitting:
-        return ConcurrencyLimiter(searcher, max_concurrent=limit)
+        return _Limited(searcher, max_concurrent=limit)
     return _Following(searcher, resources)
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -77,9 +78,10 @@ class SearchMemory:
         self._conclude(number, TrialState.FAIL)
 
     def should_stop(self, number: int, reports: Sequence[Report]) -> bool:
-        """Whether others did better with as much of their budget; never of one that is run again."""
-        if self._frozen(number).state != TrialState.RUNNING or reports[-1].status != RUNNING:
-            return False
+        """Whether others did better with as much of their budget; never of one that failed and is run again."""
+        state = self._frozen(number).state
+        if state != TrialState.RUNNING or reports[-1].status != RUNNING:
+            return state == TrialState.PRUNED  # its driver did not live to end it
         # One after the other: on each rung a trial is judged by what it scored there, however far it has got since.
         return any(self._stops_at(number, report) for report in reports)
 
@@ -144,6 +146,7 @@ def open_optuna(study: Study, folder: StudyFolder) -> optuna.Study:
     journal = folder.search / "optuna.log"
     # Left by a driver that was killed; Optuna would wait for half a minute. One sweep at a time has the folder.
     journal.with_name(f"{journal.name}.lock").unlink(missing_ok=True)
+    _drop_torn_line(journal)
     modes = {"min": StudyDirection.MINIMIZE, "max": StudyDirection.MAXIMIZE}
     opened = optuna.create_study(
         study_name=study.name, storage=JournalStorage(JournalFileBackend(str(journal))), load_if_exists=True,
@@ -152,6 +155,16 @@ def open_optuna(study: Study, folder: StudyFolder) -> optuna.Study:
     # A sampler restarted with the same seed would repeat its first proposals.
     opened.sampler = make_sampler(study, offset=len(opened.trials))
     return opened
+
+
+def _drop_torn_line(journal: Path) -> None:
+    """Cuts off an entry that a full disk or a power cut left half-written: the next would be glued to it."""
+    if not journal.exists():
+        return
+    with journal.open("r+b") as file:
+        content = file.read()
+        if not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
 
 
 def make_sampler(study: Study, offset: int) -> optuna.samplers.BaseSampler:

@@ -51,6 +51,7 @@ POLL_SECONDS = 1.0  # that a question waits for an answer
 LEASE_SECONDS = 30.0
 IDLE_SECONDS = 60.0
 CLOSE_SECONDS = 5.0  # for all trials of an engine to stop in
+HURRY_SECONDS = 1.0  # the same, while a person waits
 ENGINE_LOSSES = 3  # in a row, without a report between them, before a trial fails
 
 
@@ -206,15 +207,15 @@ def closing_engines(packing: Packing) -> Iterator[None]:
         yield
     except (RayError, tune.TuneError):
         raise
-    except BaseException:
-        close_engines(packing)
+    except BaseException:  # somebody waits, and the trials have been told to stop
+        close_engines(packing, HURRY_SECONDS)
         raise
     else:
-        close_engines(packing)
+        close_engines(packing, CLOSE_SECONDS)
 
 
-def close_engines(packing: Packing) -> None:
-    """Stops all trials in the study's engines, cleanly as far as a few seconds allow, and ends the engines."""
+def close_engines(packing: Packing, seconds: float) -> None:
+    """Stops all trials in the study's engines, cleanly as far as so many seconds allow, and ends the engines."""
     there: Any = ray.util.list_named_actors(all_namespaces=True)
     names = [one["name"] for one in there if one["namespace"] == NAMESPACE and one["name"].startswith(packing.prefix)]
     engines: list[Any] = []
@@ -223,7 +224,7 @@ def close_engines(packing: Packing) -> None:
             engines.append(ray.get_actor(name, NAMESPACE))
     if not engines:
         return
-    ray.wait([engine.close.remote() for engine in engines], num_returns=len(engines), timeout=CLOSE_SECONDS)
+    ray.wait([engine.close.remote() for engine in engines], num_returns=len(engines), timeout=seconds)
     for engine in engines:
         ray.kill(engine)
 

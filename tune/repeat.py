@@ -38,7 +38,7 @@ def repetition(study: str, *, top: int, seeds: int, by: str | None = None, name:
     first = find_folder(study)
     title = name or f"{first.path.name}-repeat"
     if (there := StudyFolder(first.path.parent / title)).exists:
-        return _begun(there, first, top, seeds)
+        return _begun(there, first, top, seeds, by)
     _check_finished(first)
     best = _best(first, by, top)
     source = f"the repetition of {study}"
@@ -146,7 +146,7 @@ def _is_control(baseline: dict[str, Any]) -> bool:
     return baseline.get(KIND, (baseline.get("generator") or {}).get("kind")) == "class_mean"
 
 
-def _begun(there: StudyFolder, first: StudyFolder, top: int, seeds: int) -> Study:
+def _begun(there: StudyFolder, first: StudyFolder, top: int, seeds: int, by: str | None) -> Study:
     """A repetition that was begun, to go on with."""
     study, repeats = load_study(there.path / "study.yaml"), there.read_study().repeats
     same = repeats is not None and repeats.study_id == first.read_study().study_id  # a folder's name is given again
@@ -154,5 +154,10 @@ def _begun(there: StudyFolder, first: StudyFolder, top: int, seeds: int) -> Stud
         raise InputError(
             f"study {study.name}: exists, of {study.configurations} configurations with {study.seeds} seeds of "
             f"{study.repeats}; ask for the same to go on with it, or give another --name"
+        )
+    if by and study.points != [one.best.params for one in _best(first, by, top)]:
+        raise InputError(
+            f"study {study.name}: exists, of configurations that are not the best by {by}; leave --by out to go on "
+            "with it, or give another --name"
         )
     return study

@@ -48,7 +48,7 @@ class SealedSession(Session):
     def recovered(self, name: str, error: str) -> None:
         """A trial goes on: nobody is told."""
 
-    def spared(self, name: str) -> None:
+    def spared(self, name: str, error: str) -> None:
         """A trial is to be run again: nobody is told."""
 
     def changed(self, name: str) -> None:

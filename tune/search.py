@@ -144,6 +144,10 @@ class StudySearcher(Searcher):
 
         A driver that dies on the way leaves the trial without its end, and the next session repeats the rest.
         """
+        self._end(name, failed=failed, error=error)
+        self.on_change(name)
+
+    def _end(self, name: str, *, failed: bool, error: str | None = None) -> None:
         reports = self.folder.reports(name)
         last = reports[-1] if reports else None
         state: schema.State = "failed"
@@ -156,7 +160,6 @@ class StudySearcher(Searcher):
         if record.number is not None:
             self._tell(record.number, {name: state})
         self.folder.end_trial(name, TrialEnd(state=state, error=error))
-        self.on_change(name)
 
     def _tell(self, number: int, ending: Mapping[str, str]) -> None:
         """Tells Optuna of a configuration when the last of its seeds ends, which is not in the folder yet."""
@@ -272,10 +275,18 @@ class StudySearcher(Searcher):
         return self._seeded(self._make_record(f"baseline-{name}", schema.ROLE_BASELINE, config, {}, None), seed)
 
     def _unfinished(self) -> list[TrialRecord]:
-        found = [record for record in self.folder.trials() if self.folder.end_of(record.name) is None]
+        """Trials to go on with. One whose charge is final has ended, and only its driver did not live to say so."""
+        settled = self.accounts.settled
+        for record in self._without_end():
+            if record.name in settled:
+                self._end(record.name, failed=False)
+        found = self._without_end()
         for record in found:
             self.accounts.admit(record.name, cost_of(record))
         return found
+
+    def _without_end(self) -> list[TrialRecord]:
+        return [record for record in self.folder.trials() if self.folder.end_of(record.name) is None]
 
     def _refuse_losses(self) -> None:
         """A trial that the accounts have admitted and nobody remembers would run twice, and be charged once."""

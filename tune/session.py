@@ -23,6 +23,7 @@ log = logging.getLogger("dpsink")
 
 SESSIONS = 3  # how often Ray may fall over as a whole before a person is asked
 READING_SHARE = 0.05  # of the session's time, at most, that goes into reading what was spent
+LOOK_SECONDS = 5.0  # between two looks whether another driver has taken the study over
 SETTLED = 1.0  # seconds after a trial's end by which its slot has the next one
 PATIENCE = 30.0  # seconds that MLflow may take without progress at the end of a study
 HURRY = 3.0  # seconds that it may take while a person waits for the study to stop
@@ -49,7 +50,7 @@ class Session:
     ) -> None:
         self.study, self.folder, self.plan, self.accounts, self.data_root = study, folder, plan, accounts, data_root
         self.finished = self.interrupted = False
-        self._next_reading = 0.0
+        self._next_reading = self._next_look = 0.0
         self._unread = False  # whether a trial has ended since the last reading
         self.problem = "it has not ended"
         self.work = self._make_work()  # where trials are recorded and run
@@ -113,9 +114,9 @@ class Session:
         """A trial's process failed for good."""
         self.searcher.finish(name, failed=True, error=error)
 
-    def spared(self, name: str) -> None:
+    def spared(self, name: str, error: str) -> None:
         """A trial was given up for what is no fault of its own: it has not ended."""
-        log.warning("%s is to be run again: its machine gave it up", name)
+        log.warning("%s is to be run again, its machine gave it up: %s", name, error)
 
     def changed(self, name: str) -> None:
         """A trial is about to start, or has ended."""
@@ -129,12 +130,20 @@ class Session:
         self.tracker.poke(name)
 
     def waiting(self) -> None:
-        """Tells what was spent while nothing waits for it: reading it may take seconds."""
-        if not self._unread or (started := time.monotonic()) < self._next_reading or self.accounts.fenced:
+        """Leaves the study to a driver that has replaced this one; tells what was spent while nothing waits for it."""
+        self._leave_if_replaced()
+        if not self._unread or (started := time.monotonic()) < self._next_reading:
             return
-        self.write_statement()
+        self.write_statement()  # reading it may take seconds
         self._unread, now = False, time.monotonic()
         self._next_reading = now + (now - started) / READING_SHARE
+
+    def _leave_if_replaced(self) -> None:
+        """Raises FencedError, which ends the session: its trials would keep the other driver's from going on."""
+        if (now := time.monotonic()) < self._next_look:
+            return
+        self._next_look = now + LOOK_SECONDS
+        self.accounts.refuse_if_fenced()
 
     def write_statement(self) -> None:
         """Records what may be said about the study's privacy by now."""

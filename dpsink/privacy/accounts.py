@@ -131,6 +131,11 @@ class StudyAccounts:
         """Trials that may have started: those that every account has admitted."""
         return frozenset.intersection(*(ledger.admitted for ledger in self._ledgers.values()))
 
+    @property
+    def settled(self) -> frozenset[str]:
+        """Trials that never run again: those whose charge is final on any account."""
+        return frozenset().union(*(ledger.settled for ledger in self._ledgers.values()))
+
     def covers(self, costs: TrialCosts) -> bool:
         """Whether the plan speaks of trials of these costs, on every account."""
         return all(ledger.covers(cost) for ledger, cost in self._on_each(costs))
@@ -182,11 +187,15 @@ class StudyAccounts:
     def fenced(self) -> bool:
         """Whether another driver has opened the ledgers: then this one has no more say about the study."""
         try:
-            for ledger in self._ledgers.values():
-                ledger.refuse_if_fenced()
+            self.refuse_if_fenced()
         except FencedError:
             return True
         return False
+
+    def refuse_if_fenced(self) -> None:
+        """Raises FencedError where `fenced`."""
+        for ledger in self._ledgers.values():
+            ledger.refuse_if_fenced()
 
     def witness(self) -> dict[str, Any]:
         """What to keep outside the ledgers; JSON-able."""

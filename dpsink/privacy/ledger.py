@@ -614,6 +614,11 @@ class StudyLedger:
         """Trials that may have started. With `release_best` as secret as their number."""
         return frozenset(self._admitted)
 
+    @property
+    def settled(self) -> frozenset[str]:
+        """Admitted trials whose charge is final: they never run again. As secret as `admitted`."""
+        return frozenset(self._settled)
+
     def covers(self, cost: TrialCost) -> bool:
         """Whether the plan speaks of trials of this cost; `admit` refuses others for good."""
         if self.plan.guarantee == "fixed_costs":
@@ -625,7 +630,8 @@ class StudyLedger:
     def admit(self, trial_id: str, cost: TrialCost) -> None:
         """Reserve a trial's worst case, durable before this returns; only then may the trial start.
 
-        A trial that is already admitted at the same cost may go on, in particular after a crash.
+        A trial that is already admitted at the same cost may go on, in particular after a crash; not one that is
+        settled, of which only what ran until then is charged.
 
         Args:
             trial_id: letters, digits, `_`, `.` and `-`, at most 100.
@@ -633,7 +639,8 @@ class StudyLedger:
 
         Raises:
             BudgetExhausted: the trial does not fit; others that cost less still may.
-            InputError: a bad id, a cost that differs from the one admitted, or one that the plan excludes.
+            InputError: a bad id, a trial that is settled, a cost that differs from the one admitted, or one that the
+                plan excludes.
             FencedError: another driver has opened the ledger; nothing is admitted.
             OSError: the storage failed; nothing is admitted.
         """
@@ -646,10 +653,12 @@ class StudyLedger:
         """Raises what `admit` would raise about a trial, and records nothing."""
         _require(bool(_TRIAL_ID.fullmatch(trial_id)), "trial_id", trial_id, "letters, digits, _ . - (at most 100)")
         if trial_id in self._admitted:
+            rule = "that of a trial that is not settled: a settled one never runs again"
+            _require(trial_id not in self._settled, "trial_id", trial_id, rule)
             _require(cost == self._admitted[trial_id], "cost", cost, f"{self._admitted[trial_id]} for {trial_id}")
             return
-        rule = {"fixed_costs": "one of the costs", "selection": "at most the highest of the costs"}
-        _require(self.covers(cost), "cost", cost, f"{rule.get(self.plan.guarantee)} that were planned")
+        rules = {"fixed_costs": "one of the costs", "selection": "at most the highest of the costs"}
+        _require(self.covers(cost), "cost", cost, f"{rules.get(self.plan.guarantee)} that were planned")
         if reason := self._exhausted(cost):
             raise BudgetExhausted(f"trial {trial_id} may not start: {reason}")
 

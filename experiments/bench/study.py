@@ -2,10 +2,10 @@
 
 `scale` runs many trivial trials through the whole path, Ray, search, ledgers, checkpoints and MLflow on sqlite: seconds
 a trial, resident memory of the driver on the way, and how long `status` takes on the result. `overhead` compares
-trials of a minute, one after the other, from the first one's start to the last one's end, with a script that does
-nothing but train the same trials. Both run at the same time, each on a core of its own with all of its processes, and
-once more with the cores exchanged: a shared machine's speed changes by more from one minute to the next than what is
-to be measured.
+trials of a minute, two at a time, from the first one's start to the last one's end, with two processes that do nothing
+but train the same trials. The two sides take turns: one has the machine for two seconds while the other stands still
+(SIGSTOP), and time is counted only while a side has it. A shared machine's speed changes by more from one minute to
+the next than what is to be measured, and so it changes for both.
 
 The trials are real ones, only small. `--trials N` is the size of the first, `--seconds S` the length of a trial of
 the second, `--only KIND` runs one part, `--quick` everything tiny (a smoke test), `--json PATH` keeps the numbers.
@@ -13,11 +13,14 @@ the second, `--only KIND` runs one part, `--quick` everything tiny (a smoke test
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +30,11 @@ import yaml
 from dpsink.data import load_dataset
 from dpsink.training import train, use_threads
 from experiments.bench.harness import Measurement, Row, measure, report
-from tune.folder import StudyFolder
 from tune.study import load_study
 
-WORKERS = 2  # of the scale part
-TIMED = 4  # trials of the overhead part
-ENDED = "ended"  # file of the script that does nothing but train
+WORKERS = 2
+TIMED = 10  # searched trials of the overhead part; the control, which takes a second, comes on top
+TURN = 2.0  # seconds that a side has the machine
 TRIVIAL_STEPS, TIMED_STEPS = 2, 200
 PERIOD = 0.5  # seconds between two looks at a study that runs
 Values = dict[str, float | str]
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints and writes; see the module."""
     arguments = _arguments(argv)
     if arguments.bare:
-        return _bare_loop(arguments.bare)
+        return _bare_loop(arguments.bare, arguments.share)
     chosen = [one for one in _measurements(arguments) if arguments.only in (None, one.kind)]
     report(measure(chosen), arguments.json)
 
@@ -55,18 +57,19 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few trials, of a second: shows that it runs")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers here")
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def _measurements(arguments: argparse.Namespace) -> list[Measurement]:
-    trials, seconds = (4, 1.0) if arguments.quick else (arguments.trials, arguments.seconds)
+    trials, timed, seconds = (4, 1, 1.0) if arguments.quick else (arguments.trials, TIMED, arguments.seconds)
     return [
         Measurement("scale", f"{trials} trivial trials", partial(_scale, trials)),
-        Measurement("overhead", f"{TIMED} trials of {seconds:g} s", partial(_overhead, TIMED, seconds)),
+        Measurement("overhead", f"{timed} trials of {seconds:g} s", partial(_overhead, timed, seconds)),
     ]
 
 
-def _write_study(place: Path, trials: int, steps: int, workers: int = WORKERS) -> Path:
+def _write_study(place: Path, trials: int, steps: int) -> Path:
     tree: dict[str, Any] = {
         "name": "bench",
         "trial": {
@@ -79,7 +82,7 @@ def _write_study(place: Path, trials: int, steps: int, workers: int = WORKERS) -
         "algorithm": {"kind": "random", "trials": trials},
         "objectives": ["accuracy_logreg"],
         "test_samples": 100,
-        "resources": {"concurrency": workers},
+        "resources": {"concurrency": WORKERS},
         "storage": str(place),
     }
     path = place / "bench.yaml"
@@ -100,11 +103,11 @@ def _scale(trials: int) -> list[Row]:
     return [Row("scale", f"{trials} trivial trials", values)]
 
 
-def _run_study(study: Path, marks: Sequence[int] = (), core: int | None = None) -> Values:
+def _run_study(study: Path, marks: Sequence[int] = ()) -> Values:
     """Runs a study as a person would; the time, and the driver's memory when so many trials had ended."""
     started, values = time.perf_counter(), Values()
     first = 0.0
-    with _start("tune", "sweep", str(study), core=core) as sweep:
+    with _start("tune", "sweep", str(study)) as sweep:
         while sweep.poll() is None:
             ended = len(list((study.parent / "bench").glob("trials/*/end.json")))
             first = first or (time.perf_counter() - started if ended else 0.0)
@@ -117,12 +120,10 @@ def _run_study(study: Path, marks: Sequence[int] = (), core: int | None = None) 
     return {"s": time.perf_counter() - started, "first trial s": first, **values}
 
 
-def _start(module: str, *arguments: str, core: int | None = None) -> subprocess.Popen[bytes]:
-    """A command with its output thrown away, on one core where one is given."""
+def _start(module: str, *arguments: str) -> subprocess.Popen[bytes]:
+    """A command with its output thrown away."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    bound = [] if core is None else ["taskset", "--cpu-list", str(core)]
-    command = [*bound, sys.executable, "-m", module, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+    return subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=subprocess.DEVNULL, env=environment)
 
 
 def _time(module: str, *arguments: str) -> float:
@@ -140,44 +141,93 @@ def _resident_megabytes(pid: int) -> float:
 # -- against a bare loop ----------------------------------------------------------------------------------------------
 
 
+class Side:
+    """Processes that have the machine now and then, with all that they start; and how long they had it."""
+
+    def __init__(self, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+        self.processes = processes
+        self.seconds = 0.0
+        self._signal(signal.SIGSTOP)
+
+    @property
+    def runs(self) -> bool:
+        return any(process.poll() is None for process in self.processes)
+
+    def take_turn(self) -> None:
+        started = time.perf_counter()
+        self._signal(signal.SIGCONT)
+        while self.runs and time.perf_counter() < started + TURN:
+            time.sleep(TURN / 100)
+        self._signal(signal.SIGSTOP)
+        self.seconds += time.perf_counter() - started
+
+    def end(self) -> None:
+        """Leaves none of them behind, stopped as they are, where something went wrong."""
+        self._signal(signal.SIGKILL)
+        for process in self.processes:
+            process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        for pid in _descendants([process.pid for process in self.processes if process.poll() is None]):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
+def _descendants(pids: Sequence[int]) -> list[int]:
+    """The processes and all that came from them, parents first."""
+    children: dict[int, list[int]] = defaultdict(list)
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(FileNotFoundError, ProcessLookupError):
+            parent = status.read_text().rpartition(")")[2].split()[1]
+            children[int(parent)].append(int(status.parent.name))
+    found = list(pids)
+    for pid in found:
+        found += children[pid]
+    return found
+
+
 def _overhead(trials: int, seconds: float) -> list[Row]:
-    steps, cores = _steps_of(seconds), sorted(os.sched_getaffinity(0))[:2]
-    pairs = [_side_by_side(trials, steps, *order) for order in (cores, cores[::-1])]
-    ours, script = (sum(times) for times in zip(*pairs, strict=True))
-    values: Values = {f"{name} s, turn {turn}": value for turn, pair in enumerate(pairs, 1)
-                      for name, value in zip(("study", "script"), pair, strict=True)}  # fmt: skip
-    values |= {"extra %": 100 * (ours / script - 1), "extra s a trial": (ours - script) / len(pairs) / trials}
-    return [Row("overhead", f"{trials} trials of {seconds:g} s", values | {"steps": steps})]
+    steps = _steps_of(seconds)
+    with tempfile.TemporaryDirectory() as place, ExitStack() as started:
+        study = _write_study(Path(place), trials, steps)
+        loops = [("experiments.bench.study", "--bare", str(study), "--share", str(share)) for share in range(WORKERS)]
+        script = Side([_start(*command) for command in loops])
+        started.callback(script.end)
+        ours = Side([_start("tune", "sweep", str(study))])
+        started.callback(ours.end)
+        span = _alternate(ours, script, study.parent / "bench" / "trials")
+        for process in [*ours.processes, *script.processes]:
+            if process.returncode:
+                raise RuntimeError(f"{process.args} ended with exit code {process.returncode}; its words are above")
+    values: Values = {"study s": span, "script s": script.seconds, "whole command s": ours.seconds, "steps": steps}
+    values |= {"extra %": 100 * (span / script.seconds - 1)}
+    values |= {"extra s a trial": (span - script.seconds) * WORKERS / (trials + 1)}
+    return [Row("overhead", f"{trials} trials of {seconds:g} s", values)]
 
 
-def _side_by_side(trials: int, steps: int, core: int, other: int) -> tuple[float, float]:
-    """Seconds of a study's trials on one core, and of a script that trains the same ones on the other meanwhile."""
-    with tempfile.TemporaryDirectory() as place:
-        study = _write_study(Path(place), trials, steps, workers=1)
-        started = time.time()
-        with _start("experiments.bench.study", "--bare", str(study), core=other) as script:
-            _run_study(study, core=core)
-        if script.returncode:
-            raise RuntimeError(f"the script ended with exit code {script.returncode}; its words are above")
-        return _span(StudyFolder(study.parent / "bench")), (Path(place) / ENDED).stat().st_mtime - started
+def _alternate(ours: Side, script: Side, trials: Path) -> float:
+    """Lets both run to their ends; the study's seconds from its first trial's start to the last one's end."""
+    first = last = ended = 0
+    while ours.runs or script.runs:
+        for side in (ours, script):
+            if side.runs:
+                side.take_turn()
+        if any(trials.glob("*/trial.json")):
+            first = first or ours.seconds
+        if (now := len(list(trials.glob("*/end.json")))) > ended:
+            ended, last = now, ours.seconds
+    return last - first
 
 
-def _span(folder: StudyFolder) -> float:
-    """Seconds from the first trial's start to the last one's end."""
-    begun = [(folder.trial(trial.name) / "trial.json").stat().st_mtime for trial in folder.trials()]
-    ended = [(folder.trial(trial.name) / "end.json").stat().st_mtime for trial in folder.trials()]
-    return max(ended) - min(begun)
-
-
-def _bare_loop(path: Path) -> None:
-    """Trains the trials of a study, and says by a file when it has."""
+def _bare_loop(path: Path, share: int) -> None:
+    """Trains one worker's share of a study's trials."""
     use_threads(1)
     study = load_study(path)
     searched = [study.configure({"optimizer.lr": 3e-3})] * study.configurations
-    for number, config in enumerate([*map(study.baseline, study.baselines), *searched]):
+    trials = list(enumerate([*map(study.baseline, study.baselines), *searched]))
+    for number, config in trials[share::WORKERS]:
         for _ in train(config, load_dataset(config.data), path.parent / f"bare-{number}"):
             pass
-    (path.parent / ENDED).touch()
 
 
 def _steps_of(seconds: float) -> int:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from ray import tune
 from dpsink.config import DataConfig, TrialConfig, load_config
 from dpsink.data import load_dataset
 from dpsink.privacy.budget import charged_steps
+from dpsink.privacy.storage import InUse
 from dpsink.records import latest_checkpoint, read_state
 from tests.test_sweep import Command, folder_of, wait_for, write_study
 from tune import cluster, schema
@@ -187,7 +189,7 @@ def test_trial_that_is_left_pays_for_what_it_ran_and_is_saved(tmp_path: Path, st
 
 def test_lease_that_runs_out_stops_its_trial_cleanly_and_no_other(tmp_path: Path, start: Any) -> None:
     folder = study_of(tmp_path, dead=[LONG], alive=[LONG])
-    engine = start(folder, lease_seconds=1.0)
+    engine = start(folder, lease_seconds=3.0)
     old, token = engine.join("dead"), engine.join("alive")
     wait_for(lambda: engine.poll("alive", token) or saved_step(folder, "dead"), "the dead client's trial to be stopped")
     assert charged(folder, "dead") == saved_step(folder, "dead")
@@ -199,11 +201,43 @@ def test_lease_that_runs_out_stops_its_trial_cleanly_and_no_other(tmp_path: Path
 
 def test_lease_is_kept_by_asking(tmp_path: Path, start: Any) -> None:
     folder = study_of(tmp_path, a=[LONG])
-    engine = start(folder, lease_seconds=0.5)
+    engine = start(folder, lease_seconds=2.0)
     token, begun = engine.join("a"), time.monotonic()
-    while time.monotonic() - begun < 2:
+    while time.monotonic() - begun < 5:
         engine.poll("a", token)
     assert attempts(folder, "a") == 1
+
+
+def test_trial_that_another_engine_has_is_in_use_until_that_one_leaves_it(tmp_path: Path, start: Any) -> None:
+    """One that an earlier driver left behind, on another GPU of the same machine."""
+    folder = study_of(tmp_path, a=[LONG])
+    old, new = start(folder), start(folder)
+    first, second = old.join("a"), new.join("a")
+    wait_for(lambda: has_reserved(folder, "a"), "some steps")
+    with pytest.raises(InUse):
+        ask(new, "a", second).raise_error()
+    new.leave("a", second)
+    old.leave("a", first)
+    begun, token = saved_step(folder, "a"), new.join("a")
+    wait_for(lambda: charged(folder, "a") > begun, "the other to go on")
+    new.leave("a", token)
+
+
+@pytest.mark.parametrize("lease_seconds", [9.0, 0.0])
+def test_client_waits_for_a_trial_that_is_in_use_as_long_as_a_lease_may_last(
+    monkeypatch: pytest.MonkeyPatch, lease_seconds: float
+) -> None:
+    answers = iter([InUse("in use")] * 12 + [None])
+
+    def run(_: Any) -> None:
+        if answer := next(answers):
+            raise answer
+
+    monkeypatch.setattr("tune.packing._Client.run", run)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    given_up = pytest.raises(InUse) if lease_seconds < 7 else nullcontext()
+    with given_up:
+        run_packed({"trial": "a", "versions": deciding_versions()}, Packing("any", 2, lease_seconds=lease_seconds))
 
 
 def test_second_client_takes_the_lease_over_and_hears_what_the_first_has_not_answered(
@@ -501,12 +535,12 @@ class Busy(tune.Callback):
 def unhurried(cluster_address: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyFolder, dict[str, Heard]]:
     """A trial whose report is heard too late to keep its lease, and one that is stopped at its first report."""
     folder = study_of(tmp_path_factory.mktemp("unhurried"), late=[], stopped=["seed=1"])
-    packing = Packing("unhurried", 2, lease_seconds=1.0)
+    packing = Packing("unhurried", 2, lease_seconds=3.0)
 
     def stop(_: str, result: dict[str, Any]) -> bool:
         return result["config"]["trial"] == "stopped"
 
-    return folder, fit(folder, packing, failures=0, stop=stop, callbacks=[Busy("late", 3.0)])
+    return folder, fit(folder, packing, failures=0, stop=stop, callbacks=[Busy("late", 8.0)])
 
 
 @SLOW

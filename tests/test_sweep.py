@@ -49,6 +49,7 @@ from tune.trainable import load_same
 
 SLOW = pytest.mark.slow
 TRIALS = ["baseline-control", "trial-0001", "trial-0002"]
+MOMENT = 3  # seconds in which what was told to end does
 PATIENCE = 240  # seconds after which something that should happen has not
 
 
@@ -459,9 +460,13 @@ class Command:
 
     def kill(self, pid: int) -> None:
         """kill -9, of one of its own processes only."""
-        self.look()
-        assert pid in {member for member, _ in self.members}
+        if not self._knows(pid):
+            self.look()
+        assert self._knows(pid)
         os.kill(pid, signal.SIGKILL)
+
+    def _knows(self, pid: int) -> bool:
+        return pid in {member for member, _ in self.members}
 
     def kill_all(self) -> None:
         """kill -9 of all of its processes at once."""
@@ -471,7 +476,13 @@ class Command:
         self.process.wait()
 
     def left(self) -> list[str]:
-        """Its processes that still run and could touch a study; Ray's agents take their time."""
+        """Its processes that still run after a moment and could touch a study; Ray's agents take their time."""
+        deadline = time.monotonic() + MOMENT
+        while (found := self._at_work()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return found
+
+    def _at_work(self) -> list[str]:
         names = []
         for pid, _ in self._alive():
             with suppress(OSError):
@@ -550,6 +561,8 @@ def lose_the_driver(command: Command, path: Path, storm: Storm) -> None:
 
 def lose_a_worker(command: Command, storm: Storm) -> None:
     go_on(storm)
+    command.look()
+    wait_for(lambda: in_between(storm), "steps that are charged and not saved")
     command.kill(holder(storm))
     go_on(storm)
 
@@ -567,6 +580,12 @@ def take_a_machine_away(command: Command, storm: Storm) -> None:
 def holder(storm: Storm) -> int:
     """The process that has the trial."""
     return int(next((storm.folder.run(RUNNER) / "ledger").glob("lock-*")).read_text().split()[0])
+
+
+def in_between(storm: Storm) -> bool:
+    """Whether the trial has been charged for more steps than its last checkpoint has."""
+    charged = charged_steps(storm.folder.run(RUNNER) / "ledger")
+    return charged > storm.folder.reports(RUNNER)[-1].charged
 
 
 def go_on(storm: Storm) -> None:

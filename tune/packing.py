@@ -34,6 +34,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpsink.errors import InputError
+from dpsink.privacy.storage import InUse
 from tune.folder import StudyFolder
 from tune.orders import Orders
 from tune.versions import require_same
@@ -112,6 +113,8 @@ class News:
 
     def raise_error(self) -> None:
         """Raises what went wrong, if anything did."""
+        if self.kind == "InUse":
+            raise InUse(self.error)
         if self.kind == "InputError":
             raise InputError(self.error)
         if self.kind:
@@ -134,6 +137,11 @@ def run_packed(config: dict[str, Any], packing: Packing) -> None:
             return client.run()
         except LeaseRanOut:  # while Tune had no time for a report
             continue
+        except InUse:  # by the engine that an earlier driver of the study left behind, until its leases run out
+            client.waits += 1
+            if client.waits > packing.lease_seconds + CLOSE_SECONDS:
+                raise
+            time.sleep(1)
         except RayActorError:
             client.losses += 1
             if client.losses > ENGINE_LOSSES:
@@ -148,6 +156,7 @@ class _Client:
         self.config, self.packing, self.name = config, packing, str(config["trial"])
         self.told = 0  # step of the last report that Tune has from here
         self.losses = 0  # of engines, since the last report
+        self.waits = 0  # seconds, for the trial's ledger
 
     def run(self) -> None:
         """Joins, asks and reports until the trial has ended, or is to stop; leaves however it ends."""

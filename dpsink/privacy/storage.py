@@ -29,6 +29,10 @@ class DamagedLedger(InputError):
     """A ledger that does not hold all that was written to it; to go on would under-count."""
 
 
+class InUse(InputError):
+    """A ledger that another process of this host has open."""
+
+
 class FencedError(RuntimeError):
     """A newer attempt has opened the ledger: this one has to stop, and has been granted nothing."""
 
@@ -65,7 +69,7 @@ class Storage(Protocol):
         """Keep other processes of this host out for as long as the context lasts.
 
         Raises:
-            InputError: another process holds the lock.
+            InUse: another process holds the lock.
         """
         ...
 
@@ -112,7 +116,7 @@ class FolderStorage:
             except BlockingIOError:
                 file.seek(0)
                 holder = file.read().strip() or "(unknown)"
-                raise InputError(
+                raise InUse(
                     f"{self} is in use by process {holder}; one process at a time: wait for it or stop it"
                 ) from None
             file.truncate(0)
@@ -260,7 +264,8 @@ class Chain:
             witness: what `witness()` returned earlier, for example when a checkpoint was written.
 
         Raises:
-            InputError: in use by another process, or a term has changed.
+            InUse: another process has it open.
+            InputError: a term has changed.
             DamagedLedger: not all that was written, or that the witness saw, is there.
             OSError: the storage failed.
         """

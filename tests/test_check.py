@@ -18,7 +18,7 @@ from tune.cli import app, main
 from tune.footprint import CLIENT, CONTEXT, Footprint, Sketch, gpu_need, host_need
 from tune.largest import largest
 from tune.nodes import Node, free_gpu_memory
-from tune.room import NoRoom
+from tune.room import Blocked
 from tune.study import Resources
 from tune.versions import versions
 
@@ -211,7 +211,7 @@ def test_a_disk_that_the_trials_would_fill_is_found(
     assert "make room, or set another storage" in found.text
 
 
-@pytest.mark.parametrize("problem", [InputError("wrong"), NoRoom("full")])
+@pytest.mark.parametrize("problem", [InputError("wrong"), Blocked("full")])
 def test_a_problem_does_not_end_the_other_checks(problem: Exception) -> None:
     def fail() -> str:
         raise problem

@@ -13,21 +13,26 @@ from typing import Any
 
 import pytest
 import ray
+import torch
 from ray.tune.experiment import Trial
 
-from dpsink.config import TrialConfig
-from dpsink.data import ImageData
+from dpsink.config import DataConfig, TrialConfig
+from dpsink.data import ImageData, load_dataset
 from dpsink.errors import InputError
 from dpsink.privacy.storage import FencedError
 from dpsink.training import Ensemble, TrialRun
+from tests.test_tracking import Fake, make_study
 from tune import cluster
 from tune.check import Preflight
 from tune.cluster import NODE_LOSSES, Interrupted, TooLarge, _Following, _is_memory, _Limited, _Relay, run_on_ray
+from tune.fitness import UnfitNode
 from tune.folder import StudyFolder
 from tune.nodes import Node, leave_ray
-from tune.room import NoRoom
+from tune.room import Blocked
 from tune.search import StudySearcher
 from tune.study import Resources, Study
+from tune.trainable import run_trial
+from tune.versions import deciding_versions
 from tune.wire import packed
 
 CPU, GPU = {"CPU": 4.0}, {"CPU": 8.0, "GPU": 1.0}
@@ -115,6 +120,44 @@ def relay_in(place: Path, should_stop: Callable[[], bool] = lambda: False) -> _R
     return _Relay(silent, should_stop, StudyFolder(place), silent)
 
 
+def test_node_that_lacks_what_all_trials_need_stops_the_study_and_fails_none(tmp_path: Path) -> None:
+    """Else they would fail there one after the other, as fast as they start."""
+    words = "tune.fitness.UnfitNode: node gpu-7: it has torch 2.0 instead of 2.14, which the study's driver has"
+    with pytest.raises(Blocked, match=r"^node gpu-7: it has torch 2\.0"):
+        relay_in(tmp_path).on_trial_error(0, [], Lost(words, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"versions": {"torch": "1.0"}}, "it has torch"),
+        ({"fingerprint": "hmac:of-other-data"}, "are not those of the study"),
+        ({"folder": "/nowhere/study"}, "/nowhere/study is not there; mount"),
+    ],
+)
+def test_node_that_lacks_something_is_named_before_a_step_is_paid_for(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    folder = make_study(tmp_path / "study", [Fake("one", state=None, epsilons=())], "")
+    config = {
+        "folder": str(folder.path), "trial": "one", "data_root": "/nowhere", "versions": deciding_versions(),
+        "fingerprint": load_dataset(DataConfig()).fingerprint, "threads": 1,
+    }  # fmt: skip
+    with pytest.raises(UnfitNode, match=f"^node {socket.gethostname()}: .*{words}"):
+        run_trial(config | change)
+    assert not (folder.run("one") / "ledger").exists()
+
+
+def test_node_without_its_gpu_is_named_before_a_step_is_paid_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_study(tmp_path / "study", [Fake("one", state=None, epsilons=())], "")
+    config = {"folder": str(folder.path), "trial": "one", "versions": deciding_versions(), "threads": 1}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UnfitNode, match="device=cuda must be cpu, or one of the 0 CUDA devices"):
+        run_trial(config, device="cuda")
+
+
 class Tuner:
     """Tune with one trial that has ended, of which nobody has been told yet."""
 
@@ -147,7 +190,7 @@ def test_full_disk_of_a_trial_is_told_without_the_words_of_its_process(tmp_path:
     """Which name the trial: of a sealed study nobody may know how many there were."""
     words = f"OSError: [Errno 28] {os.strerror(errno.ENOSPC)}: 'sealed/trials/trial-0012/run'"
     relay, trial = relay_in(tmp_path), Lost(words, tmp_path)
-    with pytest.raises(NoRoom) as full:
+    with pytest.raises(Blocked) as full:
         relay.on_trial_error(0, [], trial)
     assert "a disk is full" in str(full.value)
     assert "trial-0012" not in str(full.value)

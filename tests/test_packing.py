@@ -141,7 +141,7 @@ def test_other_data_on_a_node_fail_its_trial_before_a_step_is_charged(
     folder = study_of(tmp_path, one=())
     engine = start(folder, fingerprint="hmac:of-other-data")
     news = ask(engine, "one", engine.join("one"))
-    assert (news.ended, news.kind) == (True, "InputError")
+    assert (news.ended, news.kind) == (True, "UnfitNode")
     assert "are not those of the study here" in news.error
     assert not (folder.run("one") / "ledger").exists()
 
@@ -225,7 +225,7 @@ def test_trial_that_another_engine_has_is_in_use_until_that_one_leaves_it(tmp_pa
 
 @pytest.mark.parametrize("lease_seconds", [9.0, 0.0])
 def test_client_waits_for_a_trial_that_is_in_use_as_long_as_a_lease_may_last(
-    monkeypatch: pytest.MonkeyPatch, lease_seconds: float
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lease_seconds: float
 ) -> None:
     answers = iter([InUse("in use")] * 12 + [None])
 
@@ -237,7 +237,10 @@ def test_client_waits_for_a_trial_that_is_in_use_as_long_as_a_lease_may_last(
     monkeypatch.setattr(time, "sleep", lambda _: None)
     given_up = pytest.raises(InUse) if lease_seconds < 7 else nullcontext()
     with given_up:
-        run_packed({"trial": "a", "versions": deciding_versions()}, Packing("any", 2, lease_seconds=lease_seconds))
+        run_packed(
+            {"trial": "a", "folder": str(tmp_path), "versions": deciding_versions()},
+            Packing("any", 2, lease_seconds=lease_seconds),
+        )
 
 
 def test_second_client_takes_the_lease_over_and_hears_what_the_first_has_not_answered(

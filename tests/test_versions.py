@@ -34,7 +34,7 @@ def test_differences_name_what_is_there_and_what_is_wanted() -> None:
 
 def test_a_node_of_another_version_trains_nothing() -> None:
     require_same(deciding_versions())
-    with pytest.raises(InputError, match=r"this node has torch .* instead of 1\.0, which the study's driver has"):
+    with pytest.raises(InputError, match=r"it has torch .* instead of 1\.0, which the study's driver has"):
         require_same(deciding_versions() | {"torch": "1.0"})
 
 
@@ -44,6 +44,6 @@ def test_a_trial_on_a_node_of_another_version_fails_before_a_step_is_charged(
 ) -> None:
     folder = make_study(tmp_path / "study", [Fake("one", state=None, epsilons=())], "")
     given = {"folder": str(folder.path), "trial": "one", "data_root": str(tmp_path), "fingerprint": "", "threads": 1}
-    with pytest.raises(InputError, match="this node has torch"):
+    with pytest.raises(InputError, match="it has torch"):
         run(given | {"versions": {"torch": "1.0"}})
     assert not folder.run("one").exists()

@@ -15,7 +15,7 @@ from tune.footprint import Footprint, Sketch, footprint, gpu_need, host_need
 from tune.largest import largest
 from tune.nodes import Node, ask_nodes, cluster
 from tune.preflight import StudyPlan, check_storage, check_study
-from tune.room import LEAST, NoRoom, free_bytes, free_memory, require_room
+from tune.room import LEAST, Blocked, free_bytes, free_memory, require_room
 from tune.schema import shown_uri
 from tune.shared import meeting_place
 from tune.study import Study
@@ -31,7 +31,7 @@ MIB, GIB = 2**20, 2**30
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that has to hold; `run` says what it found, or raises InputError or NoRoom.
+    """One thing that has to hold; `run` says what it found, or raises InputError or Blocked.
 
     Attributes:
         needs: names of checks without which this one could find nothing.
@@ -72,7 +72,7 @@ def _make(check: Check, failed: set[str]) -> Finding:
         return Finding(check.name, False, f"cannot be looked at before {' and '.join(wanting)}", made=False)
     try:
         return Finding(check.name, True, check.run())
-    except (InputError, NoRoom) as problem:
+    except (InputError, Blocked) as problem:
         return Finding(check.name, False, str(problem))
 
 

@@ -81,13 +81,13 @@ def repeat(
 def _run(study: "Study", data_root: Path | None, address: str | None, retry_failed: bool, as_json: bool) -> None:
     """A session of a study, what came of it, and the exit code."""
     from tune.nodes import cluster
-    from tune.room import NoRoom
+    from tune.room import Blocked
     from tune.sweep import run_study
 
     try:
         with cluster(address) if address else nullcontext():
             outcome = run_study(study, data_root=data_root, retry_failed=retry_failed)
-    except NoRoom as full:  # before a trial could start
+    except Blocked as full:  # before a trial could start
         console.fail(str(full), console.FAILED)
     from tune.summary import print_summary, summarise
 

@@ -28,10 +28,11 @@ from ray.tune.search import ConcurrencyLimiter
 
 from dpsink import console
 from dpsink.errors import InputError
+from tune.fitness import UnfitNode
 from tune.folder import StudyFolder
 from tune.nodes import leave_ray
 from tune.packing import Packing, closing_engines, run_packed
-from tune.room import FULL, NoRoom, require_room
+from tune.room import FULL, Blocked, require_room
 from tune.search import StudySearcher
 from tune.study import Resources, Study
 from tune.trainable import run_trial
@@ -149,10 +150,13 @@ class _Relay(tune.Callback):
         name, reason = trial.config["trial"], _reason(trial)
         if reason == NO_MEMORY:
             self.listener.spared(name, reason)
-            raise NoRoom(NO_MEMORY)
+            raise Blocked(NO_MEMORY)
         if any(os.strerror(number) in reason for number in FULL):
             self.listener.spared(name, reason)  # which may name the trial, as nobody may do who seals the study
-            raise NoRoom(f"a disk is full, that of {self.folder.path} or of a trial's machine; make room")
+            raise Blocked(f"a disk is full, that of {self.folder.path} or of a trial's machine; make room")
+        if UnfitNode.__name__ in reason:
+            self.listener.spared(name, reason)
+            raise Blocked(reason.partition(": ")[2])
         self.listener.failed(name, reason)
 
     def _forgive(self, trial: Any) -> None:
@@ -217,7 +221,7 @@ def run_on_ray(study: Study, folder: StudyFolder, searcher: StudySearcher, liste
         Interrupted: Ctrl-C or SIGTERM.
         Crashed: Ray fell over; what had ended by then is in the study folder.
         TooLarge: a trial would wait for ever.
-        NoRoom: the study's disk is full, or a node's memory is too small for its trials.
+        Blocked: the study's disk is full, a node's memory is too small for its trials, or it lacks what they need.
     """
     ours = not ray.is_initialized()  # else the caller is connected to a cluster, and stays so
     try:

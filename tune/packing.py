@@ -35,6 +35,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from dpsink.errors import InputError
 from dpsink.privacy.storage import InUse
+from tune.fitness import UnfitNode, needed_of_node, require_storage
 from tune.folder import StudyFolder
 from tune.orders import Orders
 from tune.versions import require_same
@@ -113,10 +114,9 @@ class News:
 
     def raise_error(self) -> None:
         """Raises what went wrong, if anything did."""
-        if self.kind == "InUse":
-            raise InUse(self.error)
-        if self.kind == "InputError":
-            raise InputError(self.error)
+        for known in (InUse, UnfitNode, InputError):
+            if self.kind == known.__name__:
+                raise known(self.error)
         if self.kind:
             raise RuntimeError(f"{self.kind}: {self.error}")
 
@@ -130,7 +130,9 @@ def run_packed(config: dict[str, Any], packing: Packing) -> None:
     Args:
         config: as for `tune.trainable.run_trial`.
     """
-    require_same(config["versions"])  # its engine is of this node, too
+    require_storage(StudyFolder(Path(config["folder"])))
+    with needed_of_node():
+        require_same(config["versions"])  # its engine is of this node, too
     client = _Client(config, packing)
     while True:
         try:
@@ -374,7 +376,7 @@ class GpuEngine:
         """The data, loaded once and shared."""
         from tune.trainable import load_same
 
-        with self._loading:
+        with self._loading, needed_of_node():
             if config not in self._data:
                 self._data[config] = load_same(config, self.data_root, self.fingerprint)
             return self._data[config]
@@ -439,9 +441,10 @@ class GpuEngine:
         if self._leases.get(lease.name) is not lease:
             return  # its client has left meanwhile
         try:
-            self._ensemble = self._ensemble or Ensemble(
-                Performance(device=self.packing.device, threads=self.packing.threads, slots=self.packing.slots)
-            )
+            with needed_of_node():
+                self._ensemble = self._ensemble or Ensemble(
+                    Performance(device=self.packing.device, threads=self.packing.threads, slots=self.packing.slots)
+                )
             lease.run = TrialRun.open(config, data, StudyFolder(self.folder).run(lease.name))
         except Exception as error:
             return self._fail(lease, error)

@@ -13,8 +13,11 @@ LEAST = 32 * 2**20  # bytes: below, a study stops while it can still say where i
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class NoRoom(BaseException):
-    """A disk is full, or a node's memory. No Exception: Ray would take it for a trial's failure."""
+class Blocked(BaseException):
+    """The study goes on when somebody has helped: a disk is full, or a node's memory, or a node is unfit.
+
+    No Exception: Ray would take it for a trial's failure.
+    """
 
 
 def free_bytes(place: Path) -> int:
@@ -31,17 +34,17 @@ def free_memory() -> int:
 
 
 def require_room(place: Path) -> None:
-    """Raises NoRoom where there is hardly any room left."""
+    """Raises Blocked where there is hardly any room left."""
     if (free := free_bytes(place)) < LEAST:
-        raise NoRoom(f"the disk of {place} is full ({free / 2**20:.0f} MiB left); make room")
+        raise Blocked(f"the disk of {place} is full ({free / 2**20:.0f} MiB left); make room")
 
 
 @contextmanager
 def told_when_full(place: Path) -> Iterator[None]:
-    """Turns the system's error about a full disk, or a quota, into `NoRoom`."""
+    """Turns the system's error about a full disk, or a quota, into `Blocked`."""
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
-        raise NoRoom(f"the disk of {place} is full ({error.strerror}); make room") from None
+        raise Blocked(f"the disk of {place} is full ({error.strerror}); make room") from None

@@ -13,7 +13,7 @@ from tune.board import Board, ledger_line
 from tune.choice import chosen_trials, judge_once
 from tune.folder import SessionEnd, StudyFolder
 from tune.preflight import StudyPlan
-from tune.room import NoRoom, told_when_full
+from tune.room import Blocked, told_when_full
 from tune.search import StudySearcher
 from tune.study import Study
 from tune.tracking import MLflowTracker
@@ -70,7 +70,7 @@ class Session:
                 if not self.interrupted and not self.searcher.unfinished:
                     self._conclude()
                     self.finished = True
-        except NoRoom as full:
+        except Blocked as full:
             self.problem = str(full)
         except FencedError:
             self.problem = "another sweep, on another machine, has taken the study over"
@@ -88,7 +88,7 @@ class Session:
         try:
             with told_when_full(self.folder.path):
                 self._write_end()
-        except NoRoom as full:
+        except Blocked as full:
             self.problem = str(full)
         self.tracker.poke()
         state = "completed" if self.finished else "interrupted"

@@ -11,7 +11,8 @@ from dpsink.data import ImageData, load_dataset
 from dpsink.errors import InputError
 from dpsink.privacy.storage import FencedError
 from dpsink.records import Report
-from dpsink.training import read_result, train, use_threads
+from dpsink.training import read_result, set_up, train, use_threads
+from tune.fitness import needed_of_node, require_storage
 from tune.folder import StudyFolder
 from tune.orders import Orders
 from tune.versions import require_same
@@ -31,6 +32,7 @@ def run_trial(config: dict[str, Any], device: str = "cpu") -> None:
         device: `cpu`, or `cuda` for the GPU that Ray has given this process.
     """
     folder = StudyFolder(Path(config["folder"]))
+    require_storage(folder)
     record = folder.read_trial(config["trial"])
     performance = Performance(device=device, threads=config["threads"])
     use_threads(performance.threads)  # for the data, too
@@ -42,8 +44,10 @@ def run_trial(config: dict[str, Any], device: str = "cpu") -> None:
     orders = Orders(folder)
     if orders.stop():
         return
-    require_same(config["versions"])
-    data = load_same(record.config.data, Path(config["data_root"]), config["fingerprint"])
+    with needed_of_node():
+        require_same(config["versions"])
+        set_up(performance)
+        data = load_same(record.config.data, Path(config["data_root"]), config["fingerprint"])
     try:
         # A driver that was killed may not have decided on the last report.
         for report in train(

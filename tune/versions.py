@@ -39,7 +39,7 @@ def require_same(driver: Mapping[str, str]) -> None:
         InputError: so it is.
     """
     if other := differences(versions(), driver):
-        raise InputError(f"this node has {', '.join(other)}, which the study's driver has; make them the same")
+        raise InputError(f"it has {', '.join(other)}, which the study's driver has; make them the same")
 
 
 def _version(package: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from ray.autoscaler._private.command_runner import SSHOptions
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from experiments.clusters.firewall import PORTS, members, rules
@@ -64,7 +65,7 @@ def commands() -> list[str]:
 
 def words(program: str) -> list[list[str]]:
     """Words of each of the guide's commands of a program; redirections are no words."""
-    split = [shlex.split(re.sub(r"> \S+", "", line)) for line in commands()]
+    split = [shlex.split(re.sub(r"[<>] \S+|2>&1", "", line)) for line in commands()]
     return [line for line in split if line[0] == program]
 
 
@@ -138,7 +139,7 @@ def test_dashboard_and_mlflow_answer_on_the_loopback_only(name: str) -> None:
 
 @pytest.mark.parametrize("name", LAUNCHED)
 def test_head_is_ready_when_mlflow_answers(name: str) -> None:
-    ray, mlflow, wait = load(name)["head_start_ray_commands"][1:]
+    ray, mlflow, wait = load(name)["head_start_ray_commands"][-3:]
     assert ray.startswith("ray start --head") and mlflow.endswith("&")
     assert "pgrep -n gcs_server" in mlflow  # that it ends with Ray, the rehearsal shows
     assert wait.startswith("timeout ") and "http://127.0.0.1:5000/health" in wait
@@ -160,7 +161,8 @@ def started(command: str) -> dict[str, int]:
 
 @pytest.mark.parametrize("place", ["head_start_ray_commands", "worker_start_ray_commands"])
 def test_every_port_that_ray_opens_on_own_machines_is_behind_the_firewall(place: str) -> None:
-    ports = started(load("onprem")[place][1])
+    [line] = [line for line in load("onprem")[place] if "ray start" in line]
+    ports = started(line)
     ports.pop("port", None)
     assert ports.keys() == {
         "node-manager-port", "object-manager-port", "runtime-env-agent-port", "dashboard-agent-listen-port",
@@ -171,9 +173,14 @@ def test_every_port_that_ray_opens_on_own_machines_is_behind_the_firewall(place:
     assert len(set(ports.values())) == len(ports)
 
 
-def test_own_machines_call_the_firewall_with_their_own_yaml() -> None:
+@pytest.mark.parametrize("place", ["head_start_ray_commands", "worker_start_ray_commands"])
+def test_own_machines_start_ray_behind_the_firewall_of_their_own_yaml_and_with_the_storage(place: str) -> None:
+    """Of a machine that has rebooted Ray's autoscaler calls the start commands only."""
     config = load("onprem")
-    assert "sudo ~/dpsink/bin/python ~/members/firewall.py ~/members/cluster.yaml" in config["setup_commands"]
+    firewall, storage, *rest = config[place]
+    assert firewall == "sudo ~/dpsink/bin/python ~/members/firewall.py ~/members/cluster.yaml"
+    assert "until mountpoint --quiet /shared;" in storage
+    assert any("ray start" in line for line in rest)
     assert config["file_mounts"]["~/members/cluster.yaml"] == "experiments/clusters/onprem.yaml"
     assert (ROOT / config["file_mounts"]["~/members/firewall.py"]).is_file()
 
@@ -181,6 +188,32 @@ def test_own_machines_call_the_firewall_with_their_own_yaml() -> None:
 def test_wheel_of_the_same_version_is_installed_again() -> None:
     commands = load("onprem")["setup_commands"]
     assert any("--force-reinstall --no-deps ~/wheels/dpsink-" in line for line in commands)
+
+
+@pytest.mark.parametrize("name", IMAGED)
+def test_nothing_is_installed_into_the_image(name: str) -> None:
+    """Ray's defaults would: they count where a file leaves a list out."""
+    places = ("setup_commands", "head_setup_commands", "worker_setup_commands")
+    prepared = prepare_config(load(name))
+    assert [prepared[place] for place in places] == [[], [], []]
+    left_out = prepare_config({key: value for key, value in load(name).items() if key not in places})
+    assert any("pip install" in line for line in left_out["head_setup_commands"])
+
+
+@pytest.mark.parametrize("name", IMAGED)
+def test_gpu_nodes_wait_for_their_driver_after_all_that_the_others_do(name: str) -> None:
+    prepared = prepare_config(load(name))
+    *same, driver = prepared["available_node_types"]["gpu"]["initialization_commands"]
+    assert same == prepared["initialization_commands"]
+    assert driver.startswith("timeout 600 ") and "nvidia-smi" in driver
+    assert "initialization_commands" not in prepared["available_node_types"]["head"]
+
+
+@pytest.mark.parametrize("name", IMAGED)
+def test_docker_may_be_called_from_a_connection_that_is_made_after_rays_own_has_idled_out(name: str) -> None:
+    idle = SSHOptions("key", "path").arg_dict["ControlPersist"]
+    sleep = re.search(r"usermod -aG docker \$USER && sleep (\d+)", load(name)["initialization_commands"][-1])
+    assert sleep and int(sleep[1]) > int(idle.removesuffix("s"))
 
 
 def test_aws_has_rays_own_security_group() -> None:
@@ -209,6 +242,14 @@ def templates() -> list[dict[str, Any]]:
 
 def test_pods_ask_for_the_token() -> None:
     assert manifest()[0]["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
+
+
+def test_job_begins_with_the_check() -> None:
+    shell, option, script = shlex.split(manifest()[0]["spec"]["entrypoint"])
+    assert (shell, option) == ("bash", "-c")
+    check, sweep = map(shlex.split, script.split("&&"))
+    assert parsed(check).command.name == "check" and parsed(sweep).command.name == "sweep"
+    assert check[2:] == sweep[2:]
 
 
 def test_network_policy_closes_every_pod_of_the_job() -> None:
@@ -277,6 +318,22 @@ def test_parser_of_these_tests_refuses_what_ray_does_not_have() -> None:
 @pytest.mark.parametrize("line", [one for line in words("ray") if (one := inner(line))], ids=" ".join)
 def test_guides_command_on_the_cluster_is_one_of_ours(line: list[str]) -> None:
     assert parsed(line).params
+
+
+@pytest.mark.parametrize("name", ["onprem", "aws"])
+def test_guides_tunnel_has_no_terminal_and_the_job_waits_for_it(name: str) -> None:
+    """`ssh -tt` in the background stops where it has one."""
+    lines = GUIDE.read_text(encoding="utf-8").splitlines()
+    [place] = [
+        at for at, line in enumerate(lines) if line.startswith(f"ray dashboard experiments/clusters/{name}.yaml")
+    ]
+    assert lines[place].partition("  #")[0].rstrip().endswith(".yaml < /dev/null > /dev/null 2>&1 &")
+    assert lines[place + 1].startswith("until curl ") and lines[place + 2].startswith("ray job submit ")
+
+
+def test_guides_token_can_be_read_by_its_owner_only() -> None:
+    made = [line for line in GUIDE.read_text(encoding="utf-8").splitlines() if line.startswith("ray get-auth-token")]
+    assert made == ["ray get-auth-token --generate > /dev/null && chmod 600 ~/.ray/auth_token"] * 2
 
 
 def test_guide_names_files_that_exist() -> None:

@@ -36,6 +36,7 @@ from experiments.clusters.rehearsal.desk import (
     Failed,
     Watch,
     do,
+    make_token,
     say,
     wait_for,
     write_yaml,
@@ -191,7 +192,7 @@ def launch(head: Host, workers: list[Host]) -> Watch:
     key = HOME / ".config/dpsink/fingerprint.key"
     key.parent.mkdir(parents=True)
     key.write_bytes(os.urandom(32))  # as a `--dry-run` at the desk leaves it
-    do("ray", "get-auth-token", "--generate")
+    make_token()
     write_yaml(head.address, [worker.address for worker in workers])
     do("ray", "up", "-y", "--no-config-cache", str(YAML))
     watch = Watch(head)

@@ -83,13 +83,22 @@ def write_yaml(head: str, workers: list[str]) -> None:
     exports = " ".join(f"{name}={value}" for name, value in ours.items())
     seen = [f"ln -sfn {BIN.parent} ~/dpsink", f"grep -q PYTHONPATH ~/.bashrc || echo 'export {exports}' >> ~/.bashrc"]
     installed = ("venv", "pip install", "apt-get")
-    setup = [line.replace("sudo ", "") for line in config["setup_commands"] if not any(w in line for w in installed)]
-    config["setup_commands"] = seen + setup
+    config["setup_commands"] = seen + [
+        line for line in config["setup_commands"] if not any(w in line for w in installed)
+    ]
+    for place in ("setup_commands", "head_start_ray_commands", "worker_start_ray_commands"):
+        config[place] = [line.replace("sudo ", "") for line in config[place]]
     YAML.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
 def _add_cpus(config: dict[str, Any], place: str, cpus: int) -> None:
     config[place] = [line.replace("ray start ", f"ray start --num-cpus={cpus} ") for line in config[place]]
+
+
+def make_token() -> None:
+    """Makes Ray's token, as docs/cluster.md does: Ray leaves it readable by all."""
+    do("ray", "get-auth-token", "--generate")
+    (HOME / ".ray/auth_token").chmod(0o600)
 
 
 def do(*words: str, patience: float = 180) -> str:
@@ -118,7 +127,7 @@ def add(address: str, members: list[str]) -> None:
     head, *workers = members
     write_yaml(head, [*workers, address])
     config = yaml.safe_load(YAML.read_text(encoding="utf-8"))
-    [admit] = [line for line in config["setup_commands"] if "firewall.py" in line]
+    [admit] = [line for line in config["worker_start_ray_commands"] if "firewall.py" in line]
     for member in members:
         _copy(YAML, member, "members/cluster.yaml")
         _at(member, admit)

@@ -45,16 +45,26 @@ class Faults:
         fault = self.done[-1]
         self._when("noticed", lambda: host.name not in self.watch.alive)
         self._when("resumed elsewhere", lambda: self.trials.attempts(name) > attempt)
-        held = self.trials.objects(name, attempt)
+        held, saved = self.trials.objects(name, attempt), self.trials.saved(name)
+        checkpoints: set[tuple[int, int] | None] = set()
+
+        def refused() -> bool:
+            checkpoints.add(self.trials.saved(name))
+            return self._refused(host, name)
+
         host.signal(signal.SIGCONT)  # it goes on where it was, and can reach the storage, but not Ray
-        self._when("refused by the ledger", lambda: self._refused(host, name))
-        fault.facts["written by it afterwards"] = sorted(self.trials.objects(name, attempt) - held)
+        self._when("refused by the ledger", refused)
+        written = self.trials.objects(name, attempt) - held
+        fault.facts["written by it afterwards"] = self.trials.steps_of(name, written)
+        fault.facts["checkpoints by it afterwards"] = [
+            one for one in checkpoints - {saved} if one and one[0] == attempt
+        ]
         host.plug("up")
         self._end()
 
     def kill_raylet(self, host: Host) -> None:
         """A node's raylet is killed, and with it the trial's process."""
-        name = self._busy(host)
+        name = self._busy(host, most=0.8)  # for want of another it may be one that goes on
         attempt = self.trials.attempts(name)
         self._orphan = (name, attempt)
         self._begin(f"the raylet of {host.name} is killed, training {name}", host, name)
@@ -73,13 +83,17 @@ class Faults:
         self._end()
         return host
 
-    def _busy(self, host: Host) -> str:
-        """A trial that the host has, in its first half, in the middle of a reservation that was made this instant."""
+    def _busy(self, host: Host, most: float = 0.5) -> str:
+        """A trial that the host has, in the middle of a reservation that was made this instant.
+
+        Args:
+            most: part of the trial's budget that may be charged by then.
+        """
         seen: dict[str, int] = {}
 
         def steps() -> str | None:
             name = self.trials.running_on(host.name)
-            if name is None or self.trials.share(name) > 0.5:
+            if name is None or self.trials.share(name) > most:
                 return None
             charged = self.trials.charged(name)
             return name if charged > seen.setdefault(name, charged) else None

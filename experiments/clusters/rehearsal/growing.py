@@ -12,14 +12,16 @@ from typing import Any
 import ray
 import yaml
 
-from experiments.clusters.rehearsal.desk import BIN, ENVIRONMENT, LOG, STUDY, Failed, do, say, wait_for
+from experiments.clusters.rehearsal.desk import BIN, ENVIRONMENT, LOG, STUDY, Failed, do, make_token, say, wait_for
 from experiments.clusters.rehearsal.hosts import SHARED
 from experiments.clusters.rehearsal.ledger import Trials
 
 WORKERS, IDLE_SECONDS, PATIENCE = 2, 10.0, 120.0
 # What the stand-in calls the head.
 HEAD, HEAD_KIND = "fffffffffffffffffffffffffffffffffffffffffffffffffff00000", "ray.head.default"
-ROUNDS = (("first", 2), ("again", 1))  # studies, one after the other, and what each searches; the control comes besides
+# Studies, one after the other, and what each searches, besides the control: two at a time are left even if the second
+# worker comes when the control has ended.
+ROUNDS = (("first", 2), ("again", 2))
 STEPS = 120  # of a trial: a few seconds, beside the ten and more that its process takes to start
 STAND_IN = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 HERE = {
@@ -57,7 +59,7 @@ def grow() -> list[dict[str, Any]]:
     """Two studies on a head without CPUs: each makes workers come, and they go when it has ended."""
     ENVIRONMENT.update(HERE)
     os.environ.update(ENVIRONMENT)
-    do("ray", "get-auth-token", "--generate")
+    make_token()
     cluster = CLUSTER | {name: [] for name in NOTHING}
     Path("cluster.yaml").write_text(yaml.safe_dump(cluster), encoding="utf-8")
     do("ray", "start", "--head", "--num-cpus=0", "--disable-usage-stats", "--autoscaling-config=cluster.yaml")

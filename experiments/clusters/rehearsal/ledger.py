@@ -8,7 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 
 from dpsink.privacy.budget import charged_steps
-from dpsink.privacy.storage import FolderStorage, read_entries
+from dpsink.privacy.storage import Entry, FolderStorage, read_entries
+from dpsink.records import latest_state
 from tune.folder import StudyFolder
 
 
@@ -81,6 +82,24 @@ class Trials:
         """The part of its budget that a trial was charged, in [0, 1]."""
         return self.charged(name) / self.folder.read_trial(name).steps
 
+    def on_record(self, name: str) -> int:
+        """Steps that a trial's entries add up to: more than were charged, if they exceed its budget."""
+        return sum(map(_steps, read_entries(FolderStorage(self.ledger(name))).values()))
+
+    def steps_of(self, name: str, objects: set[str]) -> dict[str, int]:
+        """Some entries of a trial's ledger, and the steps that each reserves."""
+        entries = read_entries(FolderStorage(self.ledger(name)))
+        return {one: _steps(entries[one]) for one in sorted(objects)}
+
+    def saved(self, name: str) -> tuple[int, int] | None:
+        """The attempt that wrote a trial's checkpoint, and its step; None before the first."""
+        found = latest_state(self.folder.run(name))
+        if found is None:
+            return None
+        entries = read_entries(FolderStorage(self.ledger(name))).items()
+        seen = [one for one, entry in entries if entry.checksum in found[1].witness["heads"]]
+        return int(max(seen)[:6]), found[1].step
+
     def names(self) -> list[str]:
         """All trials that were started."""
         return [record.name for record in self.folder.trials()]
@@ -101,9 +120,8 @@ class Trials:
         """What of a finished study is not as it should be."""
         found = [f"{name} has not completed" for name in self.names() if not self._completed(name)]
         for name in self.names():
-            record, entries = self.folder.read_trial(name), read_entries(FolderStorage(self.ledger(name)))
-            reported = self.folder.reports(name)[-1]
-            reserved = sum(e.data.get("reserved", 0) - e.data.get("given_back", 0) for e in entries.values())
+            record, reported = self.folder.read_trial(name), self.folder.reports(name)[-1]
+            reserved = self.on_record(name)
             if not reported.step <= reported.charged == min(record.steps, reserved):
                 found.append(
                     f"{name}: {reported.step} steps ran, {reported.charged} were reported, {reserved} reserved"
@@ -111,10 +129,13 @@ class Trials:
         return found
 
     def document(self) -> dict[str, dict[str, int]]:
-        """Of each trial: how often it was opened, steps charged to it, and those of them that were lost to faults."""
+        """Of each trial: how often it was opened, the steps that it may take, those that its entries add up to, those
+        charged to it, and of these what was lost to faults."""
         return {
             name: {
                 "attempts": self.attempts(name),
+                "budget": self.folder.read_trial(name).steps,
+                "on record": self.on_record(name),
                 "charged": self.charged(name),
                 "lost": self.charged(name) - self.folder.reports(name)[-1].step,
             }
@@ -124,6 +145,11 @@ class Trials:
     def _completed(self, name: str) -> bool:
         end = self.folder.end_of(name)
         return end is not None and end.state == "completed"
+
+
+def _steps(entry: Entry) -> int:
+    """That an entry reserves; less than none if it gives back."""
+    return entry.data.get("reserved", 0) - entry.data.get("given_back", 0)
 
 
 def mlflow_runs(database: Path) -> dict[str, int]:

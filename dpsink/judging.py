@@ -18,7 +18,7 @@ from dpsink.errors import InputError
 from dpsink.evaluation import build_extractor, distance_floor, evaluate, require_extractor
 from dpsink.privacy.ledger import trial_statement
 from dpsink.privacy.plan import NON_PRIVATE, PrivacyPlan
-from dpsink.records import STATEMENT, CheckpointState, latest_checkpoint, read_json
+from dpsink.records import PREFIX, STATEMENT, CheckpointState, latest_checkpoint, read_json
 from dpsink.subjects import Subject, holds_images, read_subject
 from dpsink.synthesis import balanced_labels, generate
 from dpsink.writing import card_path, is_conditional
@@ -84,6 +84,7 @@ def judge(
         _open_images(place, data, load, skip_bad) if holds_images(place) else _open_run(place, data, load, device)
     )
     reference = _split(real, split)
+    samples = int(min(samples, subject.available))  # as many of the control: more of them would be judged better
     contenders = [subject] + ([_open_control(control, subject, device)] if control is not None else [])
     features = build_extractor(extractor, real.public_reference, weights=inception_weights, device=device)
     numbers = range(seed, seed + seeds)
@@ -108,7 +109,7 @@ def judge(
         "epsilon": card["epsilon"] if card else None,
         "delta": card["delta"] if card else None,
         "split": split,
-        "samples": min(samples, subject.available),
+        "samples": samples,
         "reference_images": len(reference),
         "extractor": features.tag,
         "privacy": _privacy_of(subject, real),
@@ -247,7 +248,8 @@ def privacy_line(card: Mapping[str, Any]) -> str:
 
 def _statement(place: Path) -> dict[str, Any] | None:
     """The statement of the study that the generator was chosen from, where it belongs to one."""
-    path = place / STATEMENT
+    run = place.parent if place.name.startswith(PREFIX) else place
+    path = run / STATEMENT
     return read_json(path) if path.exists() else None
 
 

@@ -11,11 +11,18 @@ from rich.console import Console
 from dpsink import console
 from dpsink.config import load_config
 from dpsink.evaluation import WORST_DISTANCE
-from tune.board import Board, SealedBoard
+from tune.board import SHORT, Board, SealedBoard
 from tune.folder import TrialRecord
 
 STATES = ("completed", "stopped_early", "running", "diverged", "failed", "interrupted")
-VALUES = {"epsilon": 9.9987, "fid": 1234.56, "accuracy": 0.91234, "accuracy_logreg": 0.81234, "variety": 0.4321}
+VALUES = {
+    "epsilon": 9.9987,
+    "fid": 1234.56,
+    "accuracy": 0.91234,
+    "accuracy_logreg": 0.81234,
+    "variety": 0.4321,
+    "recall": 0.0234,
+}
 
 
 def record(name: str, *, sample_rate: float = 0.34792) -> TrialRecord:
@@ -84,7 +91,7 @@ def test_a_line_shows_the_trial_its_settings_its_results_and_its_state(terminal:
         "9.999",
         "1235",
         "0.5002",
-        "0.43",
+        ".43/.02",
         "running",
     ]
     assert line.split() == expected
@@ -94,14 +101,16 @@ def test_a_line_shows_the_trial_its_settings_its_results_and_its_state(terminal:
 def test_every_state_is_shown_whole(terminal: Console, state: str) -> None:
     board = Board("study", 1, "accuracy")
     board.show(record("trial-0001"), state, VALUES)
-    assert render(board)[2].split()[-1] == state.removesuffix("_early")
+    assert render(board)[2].split()[-1] == SHORT.get(state, state)
 
 
 def test_a_diverged_trial_fits(terminal: Console) -> None:
     board = full_board()
-    board.show(record("trial-0001"), "diverged", {"fid": WORST_DISTANCE, "accuracy": 0.0, "variety": 0.0})
+    board.show(
+        record("trial-0001"), "diverged", {"fid": WORST_DISTANCE, "accuracy": 0.0, "variety": 0.0, "recall": 0.0}
+    )
     lines = render(board)
-    assert next(line for line in lines if line.startswith("trial-0001")).endswith("1e+06      0      0    diverged")
+    assert next(line for line in lines if line.startswith("trial-0001")).endswith("1e+06      0 .00/.00  diverged")
     assert max(map(len, lines)) <= 80
 
 
@@ -178,7 +187,7 @@ def test_off_a_terminal_each_change_is_a_plain_line(pipe: io.StringIO) -> None:
         board.show(record("trial-0001"), "running", VALUES)
         board.show(record("trial-0001"), "completed", VALUES)
     lines = [line.split() for line in pipe.getvalue().splitlines()]
-    results = ["epsilon", "9.999", "fid", "1,235", "accuracy", "0.9123", "variety", "0.4321"]
+    results = ["epsilon", "9.999", "fid", "1,235", "accuracy", "0.9123", "variety", "0.4321", "recall", "0.0234"]
     assert lines == [
         ["trial-0001", "running"], ["trial-0001", "running", *results], ["trial-0001", "completed", *results]
     ]  # fmt: skip

@@ -364,6 +364,14 @@ def test_classes_are_the_sub_folders_in_the_order_of_their_names(tmp_path: Path)
     assert data.train.num_classes == 2
 
 
+def test_classes_whose_names_are_numbers_are_labelled_in_their_order(tmp_path: Path) -> None:
+    """By name class 10 would be the third."""
+    write_folder(tmp_path / "twelve", [str(number) for number in range(12)], count=2)
+    data = load(tmp_path, "folder:twelve", test_size=12, **OWN)
+    assert data.train.labels.tolist() == [tag[0] for tag in tags(data.train)]
+    assert data.train.num_classes == 12
+
+
 def test_held_out_splits_are_disjoint_stratified_and_complete(tmp_path: Path) -> None:
     write_folder(tmp_path / "pets")
     data = load(tmp_path, "folder:pets", test_size=4, validation_size=6, **OWN)

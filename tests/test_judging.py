@@ -236,6 +236,11 @@ def test_control_is_judged_beside_the_run(runs: Path) -> None:
     assert answer["control"]["metrics"] == judge(runs / "control", samples=40)["metrics"]
 
 
+def test_control_is_judged_on_as_many_images_as_a_set_holds(runs: Path, images: Callable[..., Path]) -> None:
+    answer = judge(images("set.npz"), samples=10_000, data=DataConfig(), control=runs / "control")
+    assert answer["control"]["metrics"] == judge(runs / "control", samples=answer["samples"])["metrics"]
+
+
 def test_judging_spends_nothing(runs: Path) -> None:
     """The control is a release: evaluation reads one, and never makes one."""
     before = {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()}

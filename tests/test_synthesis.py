@@ -276,6 +276,11 @@ def test_card_carries_the_statement_of_the_study(tmp_path: Path) -> None:
     assert privacy_card(tmp_path, described())["statement"]["study_epsilon"] == 30
 
 
+def test_card_of_a_checkpoint_carries_the_statement_of_its_run(tmp_path: Path) -> None:
+    (tmp_path / "statement.json").write_text('{"policy": "compose_all", "study_epsilon": 30}')
+    assert privacy_card(tmp_path / "checkpoint-0000000006", described())["statement"]["study_epsilon"] == 30
+
+
 def test_card_of_a_single_trial_promises_its_own_epsilon_for_all_that_was_made(tmp_path: Path) -> None:
     card = privacy_card(tmp_path, described())
     assert card["statement"]["study_epsilon"] == card["epsilon"]

@@ -13,6 +13,7 @@ from dpsink import console
 from tune import schema
 from tune.folder import TrialRecord
 
+SHORT = {"stopped_early": "stopped", "interrupted": "halted"}  # of states, where a line is full
 STATE_STYLES = {"running": "cyan", "completed": "green", "failed": "red", "diverged": "red"}
 
 
@@ -104,7 +105,7 @@ class Board(_Shown):
         """The latest trials that fit the window; the count, the best so far and the ETA; the ledger."""
         metric = self._shown_metric
         header = "acc" if metric == "accuracy" else metric.removeprefix("accuracy_")
-        made = console.table("trial", "σ", "C", "blur", "B", "n", "lr", "ε", "FID", header, "variety", "state")
+        made = console.table("trial", "σ", "C", "blur", "B", "n", "lr", "ε", "FID", header, "var/rec", "state")
         made.padding = (0, 0, 0, 1)
         made.columns[-1].no_wrap = True
         for row in self._shown_rows(max(6, console.err.height - 6)):
@@ -173,13 +174,19 @@ def _add_row(made: Table, row: Row, metric: str) -> None:
         str(config.sinkhorn.gen_batch_size),
         f"{config.optimizer.lr:.2g}",
         *(_four_digits(values.get(name)) for name in ("epsilon", "fid", metric)),
-        "–" if "variety" not in values else f"{values['variety']:.2g}",
-        Text(row.state.removesuffix("_early"), style=STATE_STYLES.get(row.state, "")),
+        "/".join(_three_places(values[name]) for name in ("variety", "recall") if name in values) or "–",
+        Text(SHORT.get(row.state, row.state), style=STATE_STYLES.get(row.state, "")),
     )
 
 
 def _four_digits(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
+
+
+def _three_places(value: float) -> str:
+    """.31, or 1.0."""
+    text = f"{value:.2f}"
+    return text[1:] if text.startswith("0") else f"{value:.1f}"
 
 
 def _is_number(value: Any) -> bool:

@@ -25,7 +25,7 @@ from tune.versions import differences, versions
 TRIAL_BYTES = 2**20  # of a trial beside its checkpoint: reservations, records, Ray's files
 DRAWN = 0.99  # part of the cases in which a selection draws no more trials than its files are given room for
 NAMED = 8  # nodes at most in a line
-LATER = "nodes that join later are not seen here: one that is unfit stops the study before the first step of a trial on it"
+LATER = "nodes that join later are not seen here: one that is unfit stops the study before a step of a trial on it"
 MIB, GIB = 2**20, 2**30
 
 

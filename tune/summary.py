@@ -1,6 +1,6 @@
 """What a study says at its end: baselines and best side by side, its cost, and where to look."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,10 +75,10 @@ def _print_runs(document: dict[str, Any]) -> None:
 def _print_front(document: dict[str, Any]) -> None:
     if not document["front"]:
         return
-    names = document["objectives"]
+    names = _beside(document["objectives"])
     made = console.table("", *names, title="Pareto front, on validation")
     for one in document["front"]:
-        made.add_row(one["name"], *[console.metric_text(one["metrics"][name]) for name in names])
+        made.add_row(one["name"], *[console.metric_text(one["metrics"].get(name)) for name in names])
     console.out.print(made)
 
 
@@ -87,7 +87,13 @@ def _front(outcome: Outcome, study: Study) -> list[dict[str, Any]]:
     if len(study.objectives) == 1:
         return []
     front = pareto_front(configurations(outcome.folder, study.objective), study.objectives)
-    return [{"name": one.name, "metrics": {name: one.metrics[name] for name in study.objectives}} for one in front]
+    names = _beside(study.objectives)
+    return [{"name": one.name, "metrics": {name: one.metrics.get(name) for name in names}} for one in front]
+
+
+def _beside(objectives: Iterable[str]) -> list[str]:
+    """Objectives with what tells a collapse, which accuracy alone rewards."""
+    return list(dict.fromkeys((*objectives, "variety", "recall")))
 
 
 def _describe(outcome: Outcome, records: Sequence[TrialRecord]) -> dict[str, Any]:

@@ -73,7 +73,9 @@ def _images(folder: Path) -> list[str]:
 
 
 def _folders(folder: Path) -> list[str]:
-    return _visible(path for path in folder.iterdir() if path.is_dir())
+    """By number where all names are numbers, so that class 10 is no third; else by name."""
+    names = _visible(path for path in folder.iterdir() if path.is_dir())
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else names
 
 
 def _visible(paths: Iterable[Path]) -> list[str]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # they take seconds
 
 app = console.new_app("dpsink-analysis", "Read studies back: select, compare, judge, export.")
 
+PICTURES = (".png", ".pdf", ".svg")
 Studies = Annotated[list[str], typer.Argument(metavar="STUDY...", help="names of studies, YAML files, or folders")]
 TrackingUri = Annotated[str | None, typer.Option(help="MLflow; default $MLFLOW_TRACKING_URI or studies/mlflow.db")]
 Force = Annotated[bool, typer.Option("--force", help="replace what an earlier call wrote")]
@@ -83,13 +84,13 @@ def best(
     from analysis.runs import rows_of
     from analysis.tables import floor_in_words, guarantee, print_configurations, print_rejected
 
+    _check_targets(force, plot, csv)
     runs = _load(studies, tracking_uri)
     rules = _rules(runs, by, weights)
     ranked = [selection.ranked_by(runs, rule, epsilon=epsilon, where=where or ()) for rule in rules]
     columns = [Column(row["trial"].removeprefix("baseline-"), row) for row in selection.baselines(runs)]
     for rule, table in zip(rules, ranked, strict=True):
         columns.append(Column(f"best by {rule.title}", selection.run_of(runs, rows_of(table.head(1))[0], rule), rule))
-    _check_targets(force, plot, csv)
     _write_table(ranked[0], csv, force)
     merged = _merged(columns)
     if plot:
@@ -134,12 +135,12 @@ def pareto(
     from analysis.selection import control_in_words, control_of
     from analysis.tables import floor_in_words, guarantee, plain_rows, print_configurations, print_rejected
 
+    _check_targets(force, plot, csv)
     runs = _load(studies, tracking_uri)
     found = fronts.pareto(
         runs, tuple(metric or fronts.METRICS), reference=_numbers(reference), epsilon=epsilon, where=where or ()
     )
     some = rows_of(found)[0]
-    _check_targets(force, plot, csv)
     _write_table(found, csv, force)
     if plot:
         _save(pareto_figure(found, control_of(runs, some)), plot)
@@ -173,8 +174,8 @@ def importance(
     from analysis.charts import importance_figure
     from analysis.tables import plain_rows, print_rejected
 
-    runs = _load(studies, tracking_uri)
     _check_targets(force, plot, csv)
+    runs = _load(studies, tracking_uri)
     found = effects.importance(runs, by, epsilon=epsilon, where=where or ())
     _write_table(found, csv, force)
     if plot:
@@ -215,8 +216,8 @@ def evaluate_top(
     from analysis.tables import floor_in_words, plain_rows, print_rejected
     from dpsink.training import use_threads
 
-    runs = _load(studies, tracking_uri)
     _check_targets(force, plot)
+    runs = _load(studies, tracking_uri)
     use_threads(threads)
     with _progress("judging") as told, _told_to_go_on():
         found = verdict.evaluate_top(
@@ -324,10 +325,13 @@ def _head(runs: "Runs") -> dict[str, Any]:
     }
 
 
-def _check_targets(force: bool, *paths: Path | None) -> None:
+def _check_targets(force: bool, plot: Path | None, *paths: Path | None) -> None:
+    """Refuses, before anything is done, what could not be written at the end."""
     from dpsink.disk import check_target
 
-    for path in filter(None, paths):
+    if plot and plot.suffix.lower() not in PICTURES:
+        raise InputError(f"--plot={plot}: must end in .png, .pdf or .svg")
+    for path in filter(None, (plot, *paths)):
         check_target(path, force=force)
 
 
@@ -342,10 +346,7 @@ def _save(figure: "Figure", path: Path) -> None:
     from dpsink.disk import drafted
 
     with drafted(path) as draft:
-        try:
-            figure.savefig(draft)
-        except ValueError as error:  # an ending that matplotlib does not know
-            raise InputError(f"--plot={path}: {error}") from None
+        figure.savefig(draft)
 
 
 def _print_written(*paths: Path | None) -> None:
@@ -516,7 +517,7 @@ def _ship(
     if out and len(chosen) > 1:
         raise InputError(f"--out={out}: {len(chosen)} folders are made, one by each objective; give --by or no --out")
     folders = [out or default_folder(runs) / one.title for one in chosen]
-    _check_targets(force, *folders)
+    _check_targets(force, None, *folders)
     for one in chosen:
         check_run(one.run)
         if register:
@@ -585,13 +586,13 @@ def _print_verdict(found: "pd.DataFrame") -> None:
 
     columns = ("selected", "judged", "95 %", "best, %", "variety", "recall")
     shown = console.table("", "trial", "ε", *columns, title=f"\n{found.attrs['value']}, selected and judged")
-    for row in found.to_dict("records"):
+    control = found.attrs["control"]
+    for row in [*found.to_dict("records"), *([control] if control else [])]:
         interval = f"[{metric_text(row['judged_low'])}, {metric_text(row['judged_high'])}]"
         beside = [metric_text(row.get(f"test_{name}")) for name in ("variety", "recall")]
         numbers = [metric_text(row[name]) for name in (schema.EPSILON, "selected", "judged")]
-        shown.add_row(
-            f"{row['rank']}", row["trial"], *numbers, interval, f"{row['probability_best']:.0%}", *beside
-        )  # fmt: skip
+        chance = "–" if row is control else f"{row['probability_best']:.0%}"
+        shown.add_row(str(row.get("rank", "control")), row["trial"], *numbers, interval, chance, *beside)
     console.out.print(shown)
     for line in (*found.attrs["words"], *found.attrs["skipped"]):
         console.out.print(line, markup=False, soft_wrap=True)

@@ -22,7 +22,7 @@ from urllib.parse import unquote, urlsplit
 from analysis.export import FILES, PACKAGES, REQUIREMENTS, as_file_name, check_picture
 from analysis.model import IMAGE, LABEL, SEED
 from analysis.runs import Row, Runs
-from analysis.store import asking
+from analysis.store import all_pages, asking
 from dpsink.checkpoint import load_generator
 from dpsink.config import config_sha256, load_config, nearest, read_yaml
 from dpsink.disk import CARD, check_target, drafted
@@ -232,13 +232,8 @@ def _find(client: "MlflowClient", place: str) -> "ModelVersion":
 
 
 def _names(client: "MlflowClient") -> list[str]:
-    """Of all registered models, page by page."""
-    page = client.search_registered_models()
-    names = [model.name for model in page]
-    while page.token:
-        page = client.search_registered_models(page_token=page.token)
-        names += [model.name for model in page]
-    return names
+    """Of all registered models."""
+    return [model.name for model in all_pages(lambda token: client.search_registered_models(page_token=token))]
 
 
 def _aliased(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | None":

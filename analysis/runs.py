@@ -22,6 +22,7 @@ from tune import schema
 DATABASE = "mlflow.db"
 STORAGE = "studies"
 ALL_QUALITY = (*schema.QUALITY, *(schema.TEST_PREFIX + name for name in schema.QUALITY))
+SAMPLES = "evaluation.samples"  # param: synthetic images by which a trial was judged
 NUMBERS = (schema.EPSILON, schema.BUDGET_FRACTION, schema.SPEED, *ALL_QUALITY)
 Row = dict[str, Any]  # one run: column to value, NaN or None where it has none
 TAGS = {  # column to tag
@@ -263,20 +264,27 @@ def _row(run: StoredRun, study: StudyFacts) -> Row:
 
 
 def _sort_out(rows: list[Row], facts: dict[str, StudyFacts]) -> pd.DataFrame:
-    extractor = next(iter(facts.values())).extractor
+    extractor, samples = next(iter(facts.values())).extractor, _samples(rows, next(iter(facts)))
     here = {study_id for study_id, study in facts.items() if study.folder and Path(study.folder).is_dir()}
     for row in rows:
         study = facts[row["study_id"]]
-        row["reason"], row["detail"] = _problem(row, study, extractor, row["study_id"] in here) or (None, None)
+        row["reason"], row["detail"] = _problem(row, study, extractor, samples, row["study_id"] in here) or (None, None)
     _reject_incomplete(rows, facts)
     order = {study_id: position for position, study_id in enumerate(facts)}
     rows.sort(key=lambda row: (order[row.pop("study_id")], str(row["trial"])))
     return _typed(rows)
 
 
-def _problem(row: Row, study: StudyFacts, extractor: str, here: bool) -> tuple[str, str] | None:
+def _samples(rows: Sequence[Row], study_id: str) -> str | None:
+    """By how many synthetic images most runs of a study were judged; None where none tells."""
+    told = Counter(str(row[SAMPLES]) for row in rows if row["study_id"] == study_id and row.get(SAMPLES) is not None)
+    return told.most_common(1)[0][0] if told else None
+
+
+def _problem(row: Row, study: StudyFacts, extractor: str, samples: str | None, here: bool) -> tuple[str, str] | None:
     """The first reason why a run may not be compared with the others, and its detail."""
     epsilon = row.get(schema.EPSILON, math.nan)
+    judged_by = row.get(SAMPLES) or samples  # one that does not tell is not suspected
     missing = [name for name in study.objectives if math.isnan(row.get(name, math.nan))]
     rules = (
         (row["state"] in ("failed", "diverged"), str(row["state"]), row["error"]),
@@ -287,6 +295,7 @@ def _problem(row: Row, study: StudyFacts, extractor: str, here: bool) -> tuple[s
         (epsilon > study.target_epsilon, "above the target epsilon", f"{epsilon:g} > {study.target_epsilon:g}"),
         (row["data_fingerprint"] != study.data_fingerprint, "on other data", row["data_fingerprint"]),
         (row["fid_extractor"] != extractor, "with another FID extractor", row["fid_extractor"]),
+        (judged_by != samples, "judged by another number of samples", f"{judged_by}, not {samples}"),
         (bool(missing), "without its objective", ", ".join(missing)),
         # Where the study's storage is not at hand, nothing can be said about files.
         (here and not os.path.isdir(row["folder"] or ""), "without its files", row["folder"]),

@@ -35,7 +35,7 @@ from analysis.selection import (
 from analysis.statements import Statement, statement_of
 from analysis.store import fetch_history, find_runs
 from analysis.tables import REJECTED, floor_in_words, guarantee, rounded_up, with_error
-from analysis.verdict import read_verdict
+from analysis.verdict import outdated_in_words, read_verdict
 from dpsink.config import read_yaml
 from dpsink.console import metric_text
 from dpsink.errors import InputError
@@ -310,8 +310,8 @@ def _judged_again(material: Material, section: Section) -> None:
         section.notes.append(f"not judged again by fresh samples yet: dpsink-analysis evaluate-top {names}")
         return
     section.words += [*found.get("words", ()), *found.get("skipped", ())]
-    rows = [_judged_row(row) for row in found["rows"]]
-    rows += [_control_row(material.control, str(found.get("value")))] if material.control else []
+    rows = [_judged_row(f"{row.get('rank')}. {row['trial']}", row) for row in found["rows"]]
+    rows += _control_rows(material, found)
     columns = [
         "generator", "ε", "selected", "judged", "95 %", "chance to be best", "variety on test", "recall on test",
         "trained again",
@@ -320,20 +320,23 @@ def _judged_again(material: Material, section: Section) -> None:
         columns, rows = columns[:-1], [row[:-1] for row in rows]
     kinds = [*[""] * len(found["rows"]), "control"][: len(rows)]
     section.tables.append(Table(f"Judged again: {found.get('value')}", columns, rows, kinds))
+    outdated = outdated_in_words(runs, found, material.verdict)
+    section.notes += [outdated] if outdated else []
 
 
-def _judged_row(row: Row) -> list[str]:
+def _control_rows(material: Material, found: dict[str, Any]) -> list[list[str]]:
+    """The control as it was judged beside the others, else as the study judged it; none where there is none."""
+    if judged := found.get("control"):
+        return [_judged_row(f"{CONTROL}: {judged['trial']}", judged)]
+    return [_control_row(material.control, str(found.get("value")))] if material.control else []
+
+
+def _judged_row(head: str, row: Row) -> list[str]:
     numbers = [metric_text(row.get(name)) for name in (schema.EPSILON, "selected", "judged")]
     interval = f"[{metric_text(row.get('judged_low'))}, {metric_text(row.get('judged_high'))}]"
     beside = [metric_text(row.get(f"test_{name}")) for name in ("variety", "recall")]
-    return [
-        f"{row.get('rank')}. {row['trial']}",
-        *numbers,
-        interval,
-        f"{row.get('probability_best', math.nan):.0%}",
-        *beside,
-        _retrained(row),
-    ]
+    chance = row.get("probability_best")
+    return [head, *numbers, interval, "–" if chance is None else f"{chance:.0%}", *beside, _retrained(row)]
 
 
 def _retrained(row: Row) -> str:

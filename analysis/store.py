@@ -6,9 +6,10 @@ SQL; every other store, a server or a database of another MLflow, by the client,
 """
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
@@ -62,6 +63,20 @@ def asking(uri: str, failure: str = "cannot be read") -> Iterator["MlflowClient"
         from mlflow import MlflowClient
 
         yield MlflowClient(tracking_uri=uri)
+
+
+def all_pages(ask: Callable[[str | None], Any]) -> list[Any]:
+    """All that a store tells, which it does page by page.
+
+    Args:
+        ask: for the page of a token; None is the first.
+    """
+    page = ask(None)
+    found = list(page)
+    while page.token:
+        page = ask(page.token)
+        found += page
+    return found
 
 
 def fetch_artifact(uri: str, run_id: str, name: str, folder: Path) -> Path | None:
@@ -137,15 +152,14 @@ def _reason(error: Exception, uri: str) -> str:
 
 
 def _from_client(client: "MlflowClient", tag: str, values: Sequence[str]) -> list[StoredRun]:
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    found = []
-    for value in values:
-        query, token = f"tags.`{tag}` = '{value}'", None
-        while token != "":
-            page = client.search_runs(experiments, query, max_results=PAGE, page_token=token)
-            found += [_stored(run) for run in page]
-            token = page.token or ""
-    return found
+    told = all_pages(lambda token: client.search_experiments(page_token=token))
+    experiments = [experiment.experiment_id for experiment in told]
+    queries = [f"tags.`{tag}` = '{value}'" for value in values]
+    return [_stored(run) for query in queries for run in all_pages(partial(_page, client, experiments, query))]
+
+
+def _page(client: "MlflowClient", experiments: list[str], query: str, token: str | None) -> Any:
+    return client.search_runs(experiments, query, max_results=PAGE, page_token=token)
 
 
 def _stored(run: Any) -> StoredRun:

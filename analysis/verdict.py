@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,16 +25,18 @@ from scipy import stats
 from analysis.export import checkpoint_of, default_folder
 from analysis.rules import Rule, called
 from analysis.runs import Row, Runs, rows_of
-from analysis.selection import ranked_by, repeated, rule_of, run_of
+from analysis.selection import control_of, ranked_by, repeated, rule_of, run_of
 from dpsink.disk import check_target, drafted
 from dpsink.errors import InputError
 from dpsink.records import read_json, write_atomically
 from tune import schema
 
 RESULT, TABLE, MEASURED = "result.json", "result.csv", "measured"
+INCEPTION = "inception"  # the extractor that has weights of its own
 FIRST_SEED = 1_000_000  # far from those that training and sweeps judge by
 CONFIDENCE = 0.95
 DRAWS = 20_000
+CONTROL = "control"  # role of its row in the table's file
 Measured = dict[str, list[dict[str, float]]]  # by run, by seed
 Values = np.ndarray[tuple[int, int], np.dtype[np.float64]]  # (generators, seeds)
 OnProgress = Callable[[int, int, str], None]  # how many are measured, of how many, which comes now
@@ -57,7 +60,8 @@ def evaluate_top(
 ) -> pd.DataFrame:
     """Judges the generators of the best configurations on the test split, with fresh samples.
 
-    Where a study that repeats the first is given too, its trainings of the same configurations are judged alike.
+    Where a study that repeats the first is given too, its trainings of the same configurations are judged alike; so is
+    the class-mean control at the same target ε, which is not ranked.
 
     Args:
         by, weights, epsilon, where: as for `best`; metrics on test may not select.
@@ -65,6 +69,7 @@ def evaluate_top(
         seeds: judgements of each generator, 2 at least.
         samples: synthetic images per judgement, balanced over the classes.
         out: folder of the results; by default exports/STUDY/evaluate-top. What was measured there before is kept.
+        inception_weights: their file, for a study that measured FID with Inception.
         force: replace an earlier result.
 
     Returns:
@@ -74,23 +79,27 @@ def evaluate_top(
         `judged_rank`; `probability_best`, of being the best of them; means `test_<metric>`; `trainings`, how often the
         configuration was trained again, and `retrained`, `retrained_low`, `retrained_high`, the mean of these on test
         with its 95 % confidence interval, NaN below two. `attrs`: `value`, what is judged; `words`, what it means;
+        `rule`, what selected and how it was judged; `control`, a row without ranks, None where there is none to judge;
         `skipped`, a line for each whose files are gone; `written`, the result's file.
 
     Raises:
-        InputError: a result is there already, no generator is left, the data are not at hand.
+        InputError: a result is there already, no generator is left, the data are not at hand, weights that the
+            study's FID has no use for.
     """
     rule = rule_of(runs, by, weights)
     _check(top, seeds)
+    _check_weights(runs, inception_weights)
     place = out or default_place(runs)
     for name in (RESULT, TABLE):
         check_target(place / name, force=force)
     ranked = ranked_by(runs, rule, epsilon=epsilon, where=where)
     chosen, skipped = _generators(runs, rows_of(ranked.head(top)), rule)
     again = [_trained_again(runs, row, skipped) for row, _ in chosen]
+    control = _control(runs, chosen[0][0], rule, skipped)
     jobs = [
         _Job(row, checkpoint, FIRST_SEED + seed, samples)
         for seed in range(seeds)
-        for row, checkpoint in (*chosen, *(one for each in again for one in each))
+        for row, checkpoint in (*chosen, *(one for each in again for one in each), *control)
     ]
     measured: Measured = {}
     for done, job in enumerate(jobs):
@@ -100,7 +109,16 @@ def evaluate_top(
     table = _table([row for row, _ in chosen], measured, rule)
     _add_trainings(table, [[measured[row["run_id"]] for row, _ in each] for each in again], rule)
     words = _in_words(table, rule, seeds, samples)
-    table.attrs = {"value": _called(rule), "words": words, "skipped": skipped, "written": place / RESULT}
+    metrics = [by] if isinstance(by, str) and by else list(by or (() if weights else runs.study.objectives))
+    selects = {"by": metrics, "weights": weights, "epsilon": epsilon, "where": list(where)}
+    table.attrs = {
+        "value": _called(rule),
+        "words": words,
+        "rule": selects | {"top": top, "seeds": seeds, "samples": samples},
+        "control": next((_control_row(row, measured, rule) for row, _ in control), None),
+        "skipped": skipped,
+        "written": place / RESULT,
+    }
     _write(place, table)
     return table
 
@@ -108,6 +126,13 @@ def evaluate_top(
 def _check(top: int, seeds: int) -> None:
     if top < 1 or seeds < 2:
         raise InputError(f"--top={top} --seeds={seeds}: at least 1 generator, and 2 seeds for an interval")
+
+
+def _check_weights(runs: Runs, inception_weights: Path | None) -> None:
+    """A FID of other features than the study's would stand beside it under its name."""
+    if inception_weights and not runs.study.extractor.startswith(INCEPTION):
+        told = f"study {runs.study.name} measured FID with {runs.study.extractor}"
+        raise InputError(f"--inception-weights={inception_weights}: {told}; leave it out")
 
 
 def _generators(runs: Runs, configurations: list[Row], rule: Rule) -> tuple[list[tuple[Row, Path]], list[str]]:
@@ -139,6 +164,20 @@ def _trained_again(runs: Runs, row: Row, skipped: list[str]) -> list[tuple[Row, 
     return found
 
 
+def _control(runs: Runs, best: Row, rule: Rule, skipped: list[str]) -> list[tuple[Row, Path]]:
+    """The class-mean control beside the best, with its checkpoint; nothing, and a line, where it cannot be judged."""
+    configuration = control_of(runs, best)
+    if configuration is None:
+        return []
+    try:
+        run = run_of(runs, configuration, rule)
+        facts = {"study_id": runs.study_of(run).study_id, "selected": _value(configuration, rule)}
+        return [(run | facts, checkpoint_of(run))]
+    except InputError as error:
+        skipped.append(f"class-mean control: {error}")
+        return []
+
+
 def default_place(runs: Runs) -> Path:
     """Where results are written that nobody has given another place."""
     return default_folder(runs) / "evaluate-top"
@@ -161,6 +200,38 @@ def read_verdict(runs: Runs, place: Path | None = None) -> dict[str, Any] | None
     if any(_identity(row) not in known for row in found.get("rows") or [{}]):
         raise InputError(f"{path}: is about other runs than these; run `dpsink-analysis evaluate-top` again")
     return found
+
+
+def outdated_in_words(runs: Runs, found: dict[str, Any], place: Path | None = None) -> str:
+    """That the selection which was judged is another one by now; empty if it is not, or if the result has no rule.
+
+    Args:
+        found: from `read_verdict`, with the same `place`.
+
+    Raises:
+        InputError: its rule cannot be followed any more.
+    """
+    asked = found.get("rule")
+    if not asked:  # of an earlier version
+        return ""
+    rule = rule_of(runs, asked["by"], asked["weights"])
+    ranked = rows_of(ranked_by(runs, rule, epsilon=asked["epsilon"], where=asked["where"]))
+    now = {(runs.study_of(row).study_id, row["config_id"]): row["rank"] for row in ranked}
+    if all(now.get((row["study_id"], row["config_id"])) == row["rank"] for row in found["rows"]):
+        return ""
+    leader = run_of(runs, ranked[0], rule)["trial"]
+    command = _command(runs, asked, place)
+    return f"outdated: the study went on, and by {rule.title} {leader} comes first now; `{command}` judges anew"
+
+
+def _command(runs: Runs, asked: dict[str, Any], place: Path | None) -> str:
+    """What judges again as it was judged."""
+    words = ["dpsink-analysis", "evaluate-top", *(study.name for study in runs.studies)]
+    words += [word for metric in asked["by"] for word in ("--by", metric)]
+    words += [word for condition in asked["where"] for word in ("--where", condition)]
+    given = {name: asked[name] for name in ("weights", "epsilon", "top", "seeds", "samples")} | {"out": place}
+    words += [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    return shlex.join([*words, "--force"])
 
 
 def _identity(row: Row) -> tuple[Any, ...]:
@@ -198,7 +269,7 @@ def _measure(job: _Job, folder: Path, data_root: Path | None, inception_weights:
         return read_json(path)["metrics"]
     answer = judge(
         job.checkpoint, samples=job.samples, split="test", seed=job.seed, extractor=job.extractor,
-        inception_weights=inception_weights, data_root=data_root,
+        inception_weights=inception_weights if job.extractor == INCEPTION else None, data_root=data_root,
     )  # fmt: skip
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +283,16 @@ def _write(place: Path, table: pd.DataFrame) -> None:
     document = {"rows": rows_of(table), **table.attrs}
     with drafted(place / RESULT) as draft, drafted(place / TABLE) as sheet:  # both, or none
         draft.write_text(json.dumps(document, indent=1, default=str) + os.linesep, encoding="utf-8")
-        table.to_csv(sheet, index=False)
+        _with_control(table).to_csv(sheet, index=False)
+
+
+def _with_control(table: pd.DataFrame) -> pd.DataFrame:
+    """For a file: the control last, and a column that tells it."""
+    marked, control = table.assign(role=schema.ROLE_SEARCH), table.attrs["control"]
+    if control is None:
+        return marked
+    both = pd.concat([marked, pd.DataFrame([control | {"role": CONTROL}])])
+    return both.astype(dict.fromkeys(("rank", "judged_rank", "trainings"), "Int64"))
 
 
 # What it means.
@@ -230,6 +310,12 @@ def _table(rows: list[Row], measured: Measured, rule: Rule) -> pd.DataFrame:
     for name in each[0][0]:
         table[f"{schema.TEST_PREFIX}{name}"] = [np.mean([metrics[name] for metrics in mine]) for mine in each]
     return table
+
+
+def _control_row(row: Row, measured: Measured, rule: Rule) -> Row:
+    """The control as the others are judged; its interval is of its own scatter."""
+    alone = _table([row], measured, rule).drop(columns=["rank", "judged_rank", "probability_best"])
+    return rows_of(alone)[0]
 
 
 def _add_trainings(table: pd.DataFrame, again: list[list[list[dict[str, float]]]], rule: Rule) -> None:

@@ -523,6 +523,14 @@ def test_every_command_ends_with_code_2_where_all_runs_are_rejected(
         (("importance", "digits", "--by", "test_fid"), "may not select"),
         (("export", "digits", "--by", "test_fid"), "may not select"),
         (("best", "digits", "nothing"), "study 'nothing' is not in"),
+        (("best", "digits", "--plot=x.foo"), "--plot=x.foo: must end in .png, .pdf or .svg"),
+        (("pareto", "digits", "--csv=x.csv", "--plot=x"), "--plot=x: must end in .png"),
+        (("importance", "digits", "--plot=x.foo"), "--plot=x.foo: must end in .png"),
+        (("evaluate-top", "digits", "--plot=x.foo"), "--plot=x.foo: must end in .png"),
+        (
+            ("evaluate-top", "digits", "--inception-weights=w.pth"),
+            f"--inception-weights=w.pth: study digits measured FID with {EXTRACTOR}; leave it out",
+        ),
     ],
 )
 def test_bad_input_is_told_and_writes_nothing(

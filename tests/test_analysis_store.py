@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -17,7 +19,7 @@ from mlflow import MlflowClient
 from analysis import store
 from analysis.fronts import pareto
 from analysis.registry import fetch_model
-from analysis.runs import NUMBERS, TEXTS, Runs, load_runs
+from analysis.runs import NUMBERS, SAMPLES, TEXTS, Runs, load_runs, rows_of
 from analysis.selection import best
 from analysis.store import find_runs
 from dpsink.errors import InputError
@@ -85,6 +87,36 @@ def test_the_tables_and_the_client_tell_the_same(written: Written, monkeypatch: 
     by_client = find_runs(uri, schema.STUDY_ID_TAG, ["id-few", "id-other"])
     assert len(by_tables) == 10
     assert list(map(repr, by_tables)) == list(map(repr, by_client))  # NaN is not equal to itself
+
+
+class Paged(list[Any]):
+    """A page of answers."""
+
+    token: str | None = None
+
+
+class TwoPages:
+    """A client that holds two experiments, each with a run, and tells one a page."""
+
+    def search_experiments(self, *, page_token: str | None) -> Paged:
+        return self._page([SimpleNamespace(experiment_id=name) for name in "ab"], page_token)
+
+    def search_runs(self, experiments: list[str], query: str, *, max_results: int, page_token: str | None) -> Paged:
+        data = SimpleNamespace(tags={}, params={}, metrics={})
+        runs = [SimpleNamespace(info=SimpleNamespace(run_id=f"run-{name}", experiment_id=name, start_time=0), data=data)
+                for name in experiments]  # fmt: skip
+        return self._page(runs, page_token)
+
+    def _page(self, found: list[Any], token: str | None) -> Paged:
+        page = Paged(found[1:] if token else found[:1])
+        page.token = None if token else "second"
+        return page
+
+
+def test_a_server_s_answers_are_read_to_the_last_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlflow.MlflowClient", lambda **_: TwoPages())
+    found = find_runs("http://server", schema.STUDY_ID_TAG, ["id-few"])
+    assert [run.run_id for run in found] == ["run-a", "run-b"]
 
 
 def test_the_tables_are_read_where_mlflow_of_this_installation_made_them(empty_database: tuple[Path, str]) -> None:
@@ -194,6 +226,13 @@ def test_a_study_with_another_extractor_is_set_apart_from_the_first(written: Wri
     inception = [study_run("inception", tags=tags), trial_run("inception", "t0", {"accuracy": 0.9}, tags=tags)]
     runs = load_runs(["few", "inception"], written(*few(), *inception))
     assert list(runs.rejected["reason"])[-1] == "with another FID extractor"
+
+
+def test_runs_judged_by_another_number_of_samples_than_the_first_study_s_are_set_apart(written: Written) -> None:
+    fewer = trial_run("fewer", "t0", {"accuracy": 0.9}, params={SAMPLES: 500})
+    runs = load_runs(["few", "fewer"], written(*few(), study_run("fewer"), fewer))
+    (row,) = [row for row in rows_of(runs.rejected) if row["study"] == "fewer"]
+    assert (row["reason"], row["detail"]) == ("judged by another number of samples", "500, not 2000")
 
 
 def test_a_run_above_the_target_of_its_own_study_is_set_apart(written: Written) -> None:

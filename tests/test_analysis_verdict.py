@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
+from typer.testing import CliRunner
 
 import dpsink.judging
 from analysis.charts import verdict_figure
-from analysis.cli import main
-from analysis.runs import Runs, load_runs
+from analysis.cli import app, main
+from analysis.runs import Runs, load_runs, rows_of
 from analysis.selection import best
 from analysis.tables import guarantee
-from analysis.verdict import FIRST_SEED, evaluate_top
+from analysis.verdict import FIRST_SEED, evaluate_top, outdated_in_words, read_verdict
 from dpsink.data import ImageData
 from dpsink.errors import InputError
 from tests.test_tracking import Fake, make_study
@@ -218,6 +220,130 @@ def test_a_real_generator_is_judged_the_same_by_the_same_seeds(runs: Runs) -> No
     one, again = (evaluate_top(runs, top=1, seeds=2, samples=40, out=Path(name)) for name in ("one", "again"))
     pd.testing.assert_frame_equal(one, again)
     assert all(math.isfinite(one[f"test_{name}"].iloc[0]) for name in ("accuracy", "fid", "variety", "recall"))
+
+
+# What is judged by Inception.
+
+
+def by_inception(runs: Runs) -> Runs:
+    tag = "inception@180"
+    studies = tuple(replace(study, extractor=tag) for study in runs.studies)
+    return Runs(studies, runs.tracking_uri, runs.table.assign(fid_extractor=tag))
+
+
+def test_inception_s_weights_are_refused_where_fid_is_of_other_features(
+    runs: Runs, judged: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"--inception-weights=w\.pth: study digits-study measured FID with class"):
+        evaluate_top(runs, inception_weights=Path("w.pth"))
+    assert judged == [] and not list(tmp_path.iterdir())
+
+
+def test_inception_s_weights_are_used_where_fid_is_of_its_features(runs: Runs, judged: list[dict[str, Any]]) -> None:
+    evaluate_top(by_inception(runs), top=1, seeds=2, inception_weights=Path("w.pth"))
+    assert [(one["extractor"], one["inception_weights"]) for one in judged] == [("inception", Path("w.pth"))] * 2
+
+
+# The control beside them.
+
+
+@pytest.fixture(scope="module")
+def controlled(runs: Runs, digits: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """A study of two with the class-mean control, which looks best of all."""
+    metrics = {name: {"accuracy": SELECTED[name], "fid": 9.0} for name in ("lucky", "honest")}
+    fakes = [Fake(name, metrics=told, fingerprint=digits.fingerprint) for name, told in metrics.items()]
+    control = Fake(
+        "class-mean", role="baseline", metrics={"accuracy": 0.95, "fid": 90.0}, fingerprint=digits.fingerprint,
+        overrides=("generator={kind: class_mean}", "privacy.noise_multiplier=null"),
+    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("controlled") / "controlled"
+    rebuild(
+        make_study(folder, [*fakes, control], runs.tracking_uri, name="controlled", data_fingerprint=digits.fingerprint)
+    )
+    return load_runs("controlled", runs.tracking_uri)
+
+
+@pytest.fixture
+def truth_of_control(judged: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    monkeypatch.setitem(TRUE, "class-mean", 0.97)
+    return judged
+
+
+def test_the_control_is_judged_by_the_same_samples_and_seeds(
+    controlled: Runs, truth_of_control: list[dict[str, Any]]
+) -> None:
+    evaluate_top(controlled, top=1, seeds=2, samples=700)
+    asked = {(one["trial"], one["samples"], one["seed"] - FIRST_SEED) for one in truth_of_control}
+    assert asked == {(name, 700, seed) for name in ("lucky", "class-mean") for seed in (0, 1)}
+
+
+def test_the_control_is_no_part_of_the_ranking_or_its_words(controlled: Runs, truth_of_control: Any) -> None:
+    with_control, control = evaluate_top(controlled), controlled.table["trial"] == "class-mean"
+    alone = Runs(controlled.studies, controlled.tracking_uri, pd.DataFrame(controlled.table[~control]))
+    without = evaluate_top(alone, force=True)
+    pd.testing.assert_frame_equal(with_control, without)
+    assert with_control.attrs["words"] == without.attrs["words"]
+    assert (with_control.attrs["control"]["trial"], without.attrs["control"]) == ("class-mean", None)
+
+
+def test_the_control_s_row_is_in_both_files_of_a_result_and_marked(controlled: Runs, truth_of_control: Any) -> None:
+    written = evaluate_top(controlled).attrs["written"]
+    control = json.loads(written.read_text())["control"]
+    assert (control["trial"], control["selected"], control["judged"]) == pytest.approx(("class-mean", 0.95, 0.97))
+    sheet = pd.read_csv(written.with_suffix(".csv"))
+    assert list(sheet["role"]) == ["search", "search", "control"]
+    assert sheet["rank"].isna().tolist() == [False, False, True]
+
+
+def test_the_control_s_row_is_printed_and_marked(controlled: Runs, truth_of_control: Any) -> None:
+    words = ["evaluate-top", "controlled", "--tracking-uri", controlled.tracking_uri]
+    printed = CliRunner().invoke(app, words, standalone_mode=False).stdout.splitlines()
+    assert [line.split()[1] for line in printed if line.startswith("control ")] == ["class-mean"]
+
+
+def test_a_control_whose_files_are_gone_is_told(controlled: Runs, truth_of_control: Any) -> None:
+    found = evaluate_top(without_files(controlled, "class-mean"))
+    (told,) = found.attrs["skipped"]
+    assert told.startswith("class-mean control: files of trial class-mean are not at")
+    assert found.attrs["control"] is None
+
+
+# A selection that has changed since.
+
+
+def outdated(runs: Runs, **better: float) -> str:
+    """What is said of the result after some trials became better."""
+    rows = [row | {"accuracy": better.get(row["trial"], row["accuracy"])} for row in rows_of(runs.table)]
+    later = Runs(runs.studies, runs.tracking_uri, pd.DataFrame(rows))
+    found = read_verdict(later)
+    assert found is not None
+    return outdated_in_words(later, found)
+
+
+def test_a_result_whose_selection_has_changed_names_the_leader_and_the_command(
+    runs: Runs, judged: list[dict[str, Any]]
+) -> None:
+    evaluate_top(runs, where=["accuracy>0.2"], top=2, seeds=2, samples=700)
+    told = outdated(runs, third=0.95)
+    assert "by accuracy third comes first now" in told
+    options = "--by accuracy --where 'accuracy>0.2' --top 2 --seeds 2 --samples 700 --force"
+    assert f"`dpsink-analysis evaluate-top digits-study {options}`" in told
+
+
+def test_a_result_whose_lower_ranks_have_changed_is_outdated(runs: Runs, judged: list[dict[str, Any]]) -> None:
+    evaluate_top(runs, top=2, seeds=2)
+    assert "by accuracy lucky comes first now" in outdated(runs, third=0.85)
+
+
+def test_a_result_is_not_outdated_by_what_it_did_not_judge(runs: Runs, judged: list[dict[str, Any]]) -> None:
+    evaluate_top(runs, top=2, seeds=2)
+    assert outdated(runs, last=0.75) == ""
+
+
+def test_a_result_without_its_rule_is_still_read(runs: Runs, judged: list[dict[str, Any]]) -> None:
+    path = evaluate_top(runs, top=2, seeds=2).attrs["written"]
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "rule"}))
+    assert outdated(runs, third=0.95) == ""
 
 
 # Trained again.

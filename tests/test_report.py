@@ -612,6 +612,27 @@ def test_verdict_of_fresh_samples_is_told_with_the_control_beside_it(uri: str) -
     assert [row[0] for row in cells(next(part.all("table")))[1:]] == ["1. useful", "class-mean control: class-mean"]
 
 
+def test_control_that_was_judged_beside_the_others_is_shown_as_it_was(uri: str) -> None:
+    runs = load_runs("clean", uri)
+    path = write_verdict(runs, "useful")
+    found = json.loads(path.read_text())
+    judged = {"trial": "class-mean", "epsilon": 9.5, "judged": 0.123, "judged_low": 0.1, "judged_high": 0.2}
+    path.write_text(json.dumps(found | {"control": judged}))
+    row = cells(next(section(render(runs), "Is the best really the best?").all("table")))[-1]
+    assert (row[0], row[3], row[4]) == ("class-mean control: class-mean", "0.123", "[0.1, 0.2]")
+
+
+@pytest.mark.parametrize(("trial", "told"), [("useful", False), ("dull", True)])
+def test_verdict_on_a_selection_that_has_changed_since_is_noted(uri: str, trial: str, told: bool) -> None:
+    runs = load_runs("clean", uri)
+    path = write_verdict(runs, trial)
+    asked = {"by": ["accuracy"], "weights": None, "epsilon": None, "where": []}
+    rule = asked | {"top": 1, "seeds": 3, "samples": 5000}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rule": rule}))
+    text = section(render(runs), "Is the best really the best?").text
+    assert ("by accuracy useful comes first now; `dpsink-analysis evaluate-top clean" in text) == told
+
+
 def test_what_new_trainings_gave_stands_beside_the_verdict(uri: str) -> None:
     runs = load_runs("clean", uri)
     write_verdict(runs, "useful", trainings=3, retrained=0.7, retrained_low=0.65, retrained_high=0.75)

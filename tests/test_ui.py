@@ -13,6 +13,7 @@ import pytest
 from dpsink.errors import InputError
 from tests.test_tracking import Fake, make_study, refused_port
 from tune.cli import main
+from tune.schema import State
 from tune.tracking import rebuild
 from tune.ui import serving, study_links
 
@@ -53,6 +54,14 @@ def test_a_study_has_links_to_its_runs_and_to_its_best_side_by_side(uri: str, tm
     assert set(links) == {"runs", "charts", "best"}
     assert all(link.startswith("http://server/#/") for link in links.values())
     assert links["best"].count("%22") == 2 * (2 + 1)  # two runs of one experiment, in quotes
+
+
+def test_the_best_are_completed_trials(uri: str, tmp_path: Path) -> None:
+    states: tuple[State, ...] = ("completed", "stopped_early", "diverged", "failed")
+    fakes = [Fake(state, state=state, metrics={"accuracy": 0.9}) for state in states]
+    folder = make_study(tmp_path / "study", fakes, uri)
+    rebuild(folder)
+    assert study_links(folder, "http://server", uri)["best"].count("%22") == 2 * (1 + 1)  # a run, an experiment
 
 
 def test_a_study_without_runs_is_told_how_to_write_them(uri: str, tmp_path: Path) -> None:

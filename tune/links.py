@@ -22,9 +22,12 @@ def trials_of(study_id: str) -> str:
     return where({schema.KIND_TAG: schema.KIND_TRIAL, schema.STUDY_ID_TAG: study_id})
 
 
-def searched_of(study_id: str) -> str:
-    """MLflow's search for the trials of a study that its search proposed."""
-    return f"{trials_of(study_id)} and {where({schema.ROLE_TAG: schema.ROLE_SEARCH})}"
+def ranked_of(study_id: str) -> str:
+    """MLflow's search for the trials of a study that may be best: its search proposed them, and they are completed.
+
+    The last metrics of others are those of a part of their budget, or of a training that diverged.
+    """
+    return f"{trials_of(study_id)} and {where({schema.ROLE_TAG: schema.ROLE_SEARCH, schema.STATUS_TAG: 'completed'})}"
 
 
 def order_of(metric: str) -> str:

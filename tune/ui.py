@@ -69,14 +69,14 @@ def study_links(folder: StudyFolder, server: str, uri: str) -> dict[str, str]:
 
 
 def _experiment_and_best(record: StudyRecord, uri: str) -> tuple["Experiment | None", Sequence["Run"]]:
-    """What MLflow holds of a study: its experiment, and the runs of its search that are best."""
+    """What MLflow holds of a study: its experiment, and the completed runs of its search that are best."""
     from tune.tracking import connect
 
     client = connect(uri)
     experiment = client.get_experiment_by_name(record.experiment)
     if experiment is None:
         return None, []
-    wanted, order = links.searched_of(record.study_id), [links.order_of(record.objectives[0])]
+    wanted, order = links.ranked_of(record.study_id), [links.order_of(record.objectives[0])]
     return experiment, client.search_runs(
         [experiment.experiment_id], wanted, max_results=links.COMPARED, order_by=order
     )

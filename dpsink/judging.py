@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy import stats
+from scipy.special import stdtrit
 
 from dpsink.checkpoint import load_generator
 from dpsink.config import DataConfig
@@ -129,7 +129,7 @@ def summary(scores: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
 def half_width(values: Sequence[float]) -> float:
     """Of the 95 % confidence interval of a mean of at least two independent values."""
     spread = torch.tensor(values, dtype=torch.float64).std().item()
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * spread / math.sqrt(len(values))
+    return float(stdtrit(len(values) - 1, (1 + CONFIDENCE) / 2)) * spread / math.sqrt(len(values))
 
 
 Load = Callable[[DataConfig], ImageData]

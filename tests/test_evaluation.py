@@ -16,7 +16,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from dpsink.config import DataConfig
 from dpsink.data import LabelledImages, load_dataset, to_unit
@@ -616,6 +616,10 @@ def test_a_damaged_weights_file_is_refused(tmp_path, content):
     (tmp_path / "w.pth").write_bytes(content)
     with pytest.raises(InputError, match="not torch-fidelity's"):
         inception_extractor(tmp_path / "w.pth")
+
+
+def test_the_published_weights_are_torch_fidelity_s():
+    assert extractors.INCEPTION_URL == URL_INCEPTION_V3
 
 
 @pytest.fixture(scope="module")

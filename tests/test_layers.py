@@ -93,6 +93,11 @@ def test_a_trial_starts_without_the_libraries_that_accounted_for_it() -> None:
     assert not {"dp_accounting", "opacus", "dpsink.privacy.bounds"} & loaded_by("tune.trainable")
 
 
+@pytest.mark.slow
+def test_a_study_starts_without_the_libraries_that_only_its_evaluation_needs() -> None:
+    assert not {"torchvision", "torch._dynamo", "sklearn", "scipy.stats"} & loaded_by("tune.cluster", "tune.trainable")
+
+
 def test_method_imports_no_infrastructure_even_inside_functions() -> None:
     assert foreign("dpsink", roots=INFRASTRUCTURE) == set()
 

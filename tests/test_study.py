@@ -515,6 +515,10 @@ LISTED: dict[str, Any] = {"kind": "listed", "configurations": [SLOW, {"optimizer
         ({"scheduler": {"kind": "asha"}}, "evaluation.points=1 gives scheduler.grace=0.1 no report"),
         ({"scheduler": {"kind": "asha", "grace": 0.8}, "trial": REPORTING}, "set at least 5"),
         ({"scheduler": {"kind": "asha", "grace": 1}}, "scheduler.grace=1"),
+        ({"scheduler": {"grace": 0.2}}, "grace=0.2 has no effect with kind=none"),
+        ({"scheduler": {"reduction": 2}}, "reduction=2 has no effect with kind=none"),
+        ({"algorithm": {"kind": "grid", "seed": 1}, "space": COSTS}, "seed=1 has no effect with kind=grid"),
+        ({"algorithm": {**LISTED, "seed": 1}, "space": {}}, "seed=1 has no effect with kind=listed"),
         ({"scheduler": {"kind": "asha", "reduction": 1}}, "scheduler.reduction=1"),
         ({"scheduler": {"kind": "asha"}, "algorithm": {"seeds_per_configuration": 2}}, "the mean needs every seed"),
         ({"scheduler": {"kind": "asha"}, "objectives": ["fid", "accuracy_logreg"]}, "none with several objectives"),
@@ -540,6 +544,12 @@ LISTED: dict[str, Any] = {"kind": "listed", "configurations": [SLOW, {"optimizer
 )
 def test_what_does_not_go_together_is_refused(tmp_path: Path, changes: dict[str, Any], rule: str) -> None:
     assert rule in refusal(tmp_path, **changes)
+
+
+def test_all_mistaken_paths_of_a_space_are_told_at_once(tmp_path: Path) -> None:
+    one = {"choice": [1]}
+    told = refusal(tmp_path, space={"optimizer.rate": one, "sinkhorn.blurr": one, "data.size": one})
+    assert all(f"path '{path}'" in told for path in ("optimizer.rate", "sinkhorn.blurr", "data.size"))
 
 
 def test_what_a_scheduler_can_act_on_is_taken(tmp_path: Path) -> None:

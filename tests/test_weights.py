@@ -44,7 +44,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(file.parent)))
-    monkeypatch.setattr(extractors, "URL_INCEPTION_V3", f"http://127.0.0.1:{server.server_port}/{NAME}")
+    monkeypatch.setattr(extractors, "INCEPTION_URL", f"http://127.0.0.1:{server.server_port}/{NAME}")
     monkeypatch.setattr(extractors, "INCEPTION_SHA256_PREFIX", hashlib.sha256(CONTENT).hexdigest()[:8])
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield file

@@ -37,6 +37,12 @@ class Algorithm(Strict):
         default=1, ge=1, le=1000, description="trials of each configuration and baseline; they differ in their seed"
     )
 
+    @model_validator(mode="after")
+    def _seed_is_used(self) -> "Algorithm":
+        if self.kind in ("grid", "listed") and self.seed:
+            raise ValueError(f"seed={self.seed} has no effect with kind={self.kind}, which draws nothing: leave it out")
+        return self
+
 
 class Scheduler(Strict):
     """Which trials are stopped before their budget is spent."""
@@ -48,6 +54,13 @@ class Scheduler(Strict):
     reduction: int = Field(
         default=3, ge=2, le=100, description="one trial in so many goes on, and as many times further"
     )
+
+    @model_validator(mode="after")
+    def _settings_are_used(self) -> "Scheduler":
+        for name in ("grace", "reduction") if self.kind == "none" else ():
+            if (value := getattr(self, name)) != Scheduler.model_fields[name].default:
+                raise ValueError(f"{name}={value:g} has no effect with kind=none: set kind to asha, or leave it out")
+        return self
 
 
 class Resources(Strict):
@@ -366,8 +379,8 @@ def checked(study: Study, source: str) -> Study:
     Raises:
         InputError: as `load_study`.
     """
-    for dotted in study.searched:
-        _check_path(study, dotted, source)
+    if mistakes := [mistake for dotted in study.searched if (mistake := _mistake_in_path(study, dotted))]:
+        raise InputError(f"{source}: {'; '.join(mistakes)}")
     searched = [study.configure(values) for values in edges(study)]
     study = _with_control(study, searched[0])
     for trial in searched:
@@ -454,13 +467,15 @@ def _other_kind(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     return "kind" in new and new["kind"] != old.get("kind", "conv_cond")
 
 
-def _check_path(study: Study, dotted: str, source: str) -> None:
+def _mistake_in_path(study: Study, dotted: str) -> str | None:
+    """Why a path cannot be searched, and what to do; None where it can."""
     if dotted in study.space and dotted not in (known := _known_paths(study, dotted)):
-        raise InputError(f"{source}: space path '{dotted}' does not exist{nearest(dotted, known)}")
+        return f"space path '{dotted}' does not exist{nearest(dotted, known)}"
     if dotted.startswith(COMMON):
-        raise InputError(f"{source}: path '{dotted}' must be the same in all trials; set it in trial instead")
+        return f"path '{dotted}' must be the same in all trials; set it in trial instead"
     if dotted == "seed":
-        raise InputError(f"{source}: path 'seed' is not searched; set algorithm.seeds_per_configuration instead")
+        return "path 'seed' is not searched; set algorithm.seeds_per_configuration instead"
+    return None
 
 
 def _known_paths(study: Study, dotted: str) -> set[str]:

@@ -208,10 +208,8 @@ class Mirror:
         if found := self._found.pop(record.name, None):
             return found
         tags = self._identity(schema.KIND_TRIAL) | {schema.TRIAL_ID_TAG: record.name}
-        started, parent = (
-            _modified(self.folder.trial(record.name) / "trial.json"),
-            {schema.PARENT_TAG: self._study.run_id},
-        )
+        parent = {schema.PARENT_TAG: self._study.run_id}
+        started = _modified(self.folder.trial(record.name) / "trial.json")
         target = record.config.privacy.target_epsilon
         return self._find(tags) or self._create(tags, parent, record.name, target, started)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
 
 from dpsink.data import LabelledImages
 from dpsink.disk import cache_folder
@@ -21,6 +20,9 @@ from dpsink.evaluation.kept import Tensors, digest, recall
 ARCHITECTURE = "cnn-8-16-32/1"  # part of the cache key: raise the number when network or training change
 FEATURES = 32
 BATCH_SIZE = 64
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
 INCEPTION_SHA256_PREFIX = "6726825d"  # also in the file's name
 WEIGHTS_VARIABLE = "DPSINK_INCEPTION_WEIGHTS"
 
@@ -98,7 +100,7 @@ def find_weights(weights: Path | None = None, *, download: bool = False) -> Path
         if not download:
             raise InputError(
                 f"{path}: no Inception weights there; give --inception-weights or ${WEIGHTS_VARIABLE}, fetch "
-                f"{URL_INCEPTION_V3} (--download), or use `classifier`"
+                f"{INCEPTION_URL} (--download), or use `classifier`"
             )
         _download(path)
     return path
@@ -106,7 +108,7 @@ def find_weights(weights: Path | None = None, *, download: bool = False) -> Path
 
 def _usual_place() -> Path:
     named = os.environ.get(WEIGHTS_VARIABLE)
-    return Path(named) if named else Path(torch.hub.get_dir()) / "checkpoints" / Path(URL_INCEPTION_V3).name
+    return Path(named) if named else Path(torch.hub.get_dir()) / "checkpoints" / Path(INCEPTION_URL).name
 
 
 def classifier_extractor(reference: LabelledImages, *, seed: int = 0, device: torch.device | str = "cpu") -> Extractor:
@@ -164,13 +166,15 @@ def _load_or_train(reference: LabelledImages, seed: int, path: Path) -> nn.Seque
 def _download(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), INCEPTION_SHA256_PREFIX, progress=False)
+        torch.hub.download_url_to_file(INCEPTION_URL, str(path), INCEPTION_SHA256_PREFIX, progress=False)
     except (OSError, RuntimeError) as error:
-        raise InputError(f"{URL_INCEPTION_V3} cannot be downloaded to {path} ({error}); fetch it by hand") from None
+        raise InputError(f"{INCEPTION_URL} cannot be downloaded to {path} ({error}); fetch it by hand") from None
 
 
 @lru_cache(maxsize=1)
 def _load_inception(path: Path, device: str) -> Extractor:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # it takes seconds
+
     try:
         # The published weights are a pickle, which torch-fidelity reads without a guard: before it does, a file that
         # holds more than tensors is refused, and then any other than the published one.
@@ -187,9 +191,7 @@ def _load_inception(path: Path, device: str) -> Extractor:
         reason = (
             "it holds more than tensors" if refused else (str(error).strip() or type(error).__name__).splitlines()[0]
         )
-        raise InputError(
-            f"{path}: not torch-fidelity's Inception weights ({reason}); fetch {URL_INCEPTION_V3}"
-        ) from None
+        raise InputError(f"{path}: not torch-fidelity's Inception weights ({reason}); fetch {INCEPTION_URL}") from None
     network.to(device)
     return Extractor(
         "inception", "inception", lambda images: network(images.expand(-1, 3, -1, -1))[0],

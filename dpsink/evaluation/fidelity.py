@@ -1,13 +1,11 @@
 """Distances between sets of images in feature space, by torch-fidelity's own functions.
 
-Every value is finite: where a distance is not defined or overflows it is `WORST_DISTANCE`.
+Every value is finite: where a distance is not defined or overflows it is `WORST_DISTANCE`. torch-fidelity is imported
+where it is used: it brings torchvision and torch's compiler, which takes seconds.
 """
 
 import numpy as np
 from torch import Tensor
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from dpsink.data import LabelledImages
 from dpsink.evaluation.extractors import Extractor
@@ -43,6 +41,8 @@ def fid(features_a: Tensor, features_b: Tensor) -> float:
         features_a: float64, (N, D), N >= 2. Symmetric in both arguments.
         features_b: float64, (M, D), M >= 2.
     """
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
+
     statistics = [fid_features_to_statistics(features) for features in (features_a, features_b)]
     try:
         distance = fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]
@@ -62,6 +62,8 @@ def kid(features_a: Tensor, features_b: Tensor, *, seed: int = 0) -> float:
         features_b: float64, (M, D), M >= 2.
         seed: of the subsets.
     """
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+
     size = min(KID_SUBSET_SIZE, len(features_a), len(features_b))
     features_a, features_b = (features[features.sum(1).argsort(stable=True)] for features in (features_a, features_b))
     scores = kid_features_to_metric(features_a, features_b, kid_subset_size=size, rng_seed=seed, verbose=False)
@@ -77,6 +79,8 @@ def precision_recall(generated: Tensor, real: Tensor) -> dict[str, float]:
         generated: float64, (N, D).
         real: float64, (M, D).
     """
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
     neighbours = min(NEIGHBOURS, len(generated) - 1, len(real) - 1)
     largest = max(len(generated), len(real))
     scores = prc_features_to_metric(

@@ -22,7 +22,7 @@ from tune.versions import deciding_versions
 log = logging.getLogger("dpsink")
 
 SESSIONS = 3  # how often Ray may fall over as a whole before a person is asked
-READING_SHARE = 0.05  # of the session's time, at most, that goes into reading what was spent
+READING_SHARE = 0.01  # of the session's time, at most, that goes into reading what was spent
 LOOK_SECONDS = 5.0  # between two looks whether another driver has taken the study over
 SETTLED = 1.0  # seconds after a trial's end by which its slot has the next one
 PATIENCE = 30.0  # seconds that MLflow may take without progress at the end of a study

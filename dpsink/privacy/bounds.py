@@ -6,7 +6,7 @@ libraries' rounding can add up to over the steps is charged (`_fft_slack`, `rdp_
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from dp_accounting import get_epsilon_gaussian, get_sigma_gaussian
@@ -30,6 +30,7 @@ _CALIBRATION_TOLERANCE = 5e-4  # relative; how near a calibrated value comes to 
 _SIGNIFICANT_DIGITS = 6  # of a calibrated value, so that a person can copy it
 _MAX_GRID_POINTS = 2**22  # of a composed loss distribution: about 0.5 GB and 3 s
 _UNIT_ROUNDOFF = 2.0**-53
+_MIXED_INTERVAL = 1e-4  # nats; of the grid that different mechanisms share, dp-accounting's own
 _TAIL_MASS = 1e-15  # that dp-accounting cuts off a composition and counts as a certain loss
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,18 +104,18 @@ def _loss_span(mechanism: Mechanism, adjacency: AdjacencyType) -> float:
     return float(bounds.epsilon_upper - bounds.epsilon_lower)
 
 
-@functools.lru_cache(maxsize=4)
-def _one_step(mechanism: Mechanism) -> pld.PrivacyLossDistribution:
+@functools.lru_cache(maxsize=8)
+def _one_step(mechanism: Mechanism, interval: float) -> pld.PrivacyLossDistribution:
     """The pessimistic privacy loss distribution of one step, for adding and for removing a record."""
     step = pld.from_gaussian_mechanism(
         standard_deviation=mechanism.noise_multiplier,
         sampling_prob=mechanism.sample_rate,
-        value_discretization_interval=_interval(mechanism),
+        value_discretization_interval=interval,
         pessimistic_estimate=True,
         use_connect_dots=True,
     )
     # A distribution of up to 1,000 points comes sparse, and composing a sparse one T times first computes the integer
-    # size**T: it hangs for T in the millions.
+    # size**T: it hangs for T in the millions, as a study of a thousand trials takes.
     return pld.PrivacyLossDistribution(step._pmf_remove.to_dense_pmf(), step._pmf_add.to_dense_pmf())
 
 
@@ -133,7 +134,7 @@ def _composed_points(mechanism: Mechanism, steps: int) -> int:
 
     They run to 10^7 and beyond where one step's grid is short (the bounds are loose) or rounding has added mass.
     """
-    step = _one_step(mechanism)
+    step = _one_step(mechanism, _interval(mechanism))
     bounds = (
         common.compute_self_convolve_bounds(pmf.to_dense_pmf()._probs, steps, _TAIL_MASS)  # pyright: ignore[reportArgumentType]
         for pmf in (step._pmf_remove, step._pmf_add)
@@ -148,7 +149,7 @@ def _has_pld(mechanism: Mechanism, steps: int, delta: float) -> bool:
 
 def _composed(mechanism: Mechanism, steps: int) -> pld.PrivacyLossDistribution:
     with np.errstate(over="ignore", invalid="ignore"):  # added mass can overflow; the callers check for NaN
-        return _one_step(mechanism).self_compose(steps, tail_mass_truncation=_TAIL_MASS)
+        return _one_step(mechanism, _interval(mechanism)).self_compose(steps, tail_mass_truncation=_TAIL_MASS)
 
 
 def _pld_epsilon(mechanism: Mechanism, steps: int, delta: float) -> float:
@@ -165,6 +166,21 @@ def _pld_log_excess(mechanism: Mechanism, steps: int, target_epsilon: float, del
     """ln of δ(steps; target ε) over the allowed δ: smooth in all arguments, > 0 where the target is exceeded."""
     spent = float(_composed(mechanism, steps).get_delta_for_epsilon(target_epsilon))
     return math.log(max(spent, 1e-300) / (delta - _fft_slack(steps))) if math.isfinite(spent) else math.inf
+
+
+def mixed_pld_epsilon(parts: Sequence[tuple[Mechanism, int]], delta: float) -> float:
+    """ε of different mechanisms together, each for so many steps, at least one; infinite where rounding could hide δ.
+
+    Whoever asks takes the smaller of this and another bound, and that one where this is not a number.
+    """
+    allowed = delta - _fft_slack(sum(steps for _, steps in parts))
+    if allowed <= 0:
+        return math.inf
+    together = pld.identity(value_discretization_interval=_MIXED_INTERVAL)
+    for mechanism, steps in parts:
+        step = _one_step(mechanism, _MIXED_INTERVAL)
+        together = together.compose(step.self_compose(steps, tail_mass_truncation=_TAIL_MASS))
+    return float(together.get_epsilon_for_delta(allowed))
 
 
 def _gaussian_epsilon(mechanism: Mechanism, steps: int, delta: float) -> float:

@@ -228,18 +228,10 @@ def composed_epsilon(costs: Iterable[TrialCost], delta: float) -> float:
 @lru_cache(maxsize=256)  # a composition takes a second, and a study asks again whenever a trial has ended
 def _mixed_epsilon(kinds: tuple[TrialCost, ...], delta: float) -> float:
     """ε of different mechanisms by PLD, and never more than by RDP."""
-    from dp_accounting import dp_event
-    from dp_accounting.pld import PLDAccountant
+    from dpsink.privacy.bounds import mixed_pld_epsilon
 
-    bound = _rdp_epsilon(kinds, delta)
-    allowed = delta - 2.0**-50 * sum(kind.steps for kind in kinds)  # less what FFTs may hide, as in `bounds.py`
-    if allowed <= 0:
-        return bound
-    accountant = PLDAccountant()
-    for kind in kinds:
-        gaussian = dp_event.GaussianDpEvent(kind.noise_multiplier)
-        accountant.compose(dp_event.PoissonSampledDpEvent(kind.sample_rate, gaussian), kind.steps)
-    return min(bound, float(accountant.get_epsilon(allowed)))
+    parts = [(Mechanism(kind.sample_rate, kind.noise_multiplier), kind.steps) for kind in kinds]
+    return min(_rdp_epsilon(kinds, delta), mixed_pld_epsilon(parts, delta))
 
 
 def _rdp_epsilon(costs: Iterable[TrialCost], delta: float) -> float:

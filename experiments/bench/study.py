@@ -3,9 +3,10 @@
 `scale` runs many trivial trials through the whole path, Ray, search, ledgers, checkpoints and MLflow on sqlite: seconds
 a trial, resident memory of the driver on the way, and how long `status` takes on the result. `overhead` compares
 trials of a minute, two at a time, from the first one's start to the last one's end, with two processes that do nothing
-but train the same trials. The two sides take turns: one has the machine for two seconds while the other stands still
+but train the same trials. The two sides take turns: one has the machine for ten seconds while the other stands still
 (SIGSTOP), and time is counted only while a side has it. A shared machine's speed changes by more from one minute to
-the next than what is to be measured, and so it changes for both.
+the next than what is to be measured, and so it changes for both. In shorter turns Ray's daemons, whose clocks run on
+while they stand still, would be busy with what has fallen due.
 
 The trials are real ones, only small. `--trials N` is the size of the first, `--seconds S` the length of a trial of
 the second, `--only KIND` runs one part, `--quick` everything tiny (a smoke test), `--json PATH` keeps the numbers.
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -33,10 +34,10 @@ from experiments.bench.harness import Measurement, Row, measure, report
 from tune.study import load_study
 
 WORKERS = 2
-TIMED = 20  # searched trials of the overhead part; the control, which takes a second, comes on top
-TURN = 2.0  # seconds that a side has the machine
+TIMED = 12  # searched trials of the overhead part; the control, which takes a second, comes on top
+TURN = 10.0  # seconds that a side has the machine
 TRIVIAL_STEPS, TIMED_STEPS = 2, 200
-PERIOD = 0.5  # seconds between two looks at a study that runs
+PERIOD, LOOK = 0.5, 0.1  # seconds between two looks at a study that runs, and at one that takes turns
 Values = dict[str, float | str]
 
 
@@ -153,13 +154,16 @@ class Side:
     def runs(self) -> bool:
         return any(process.poll() is None for process in self.processes)
 
-    def take_turn(self) -> None:
-        started = time.perf_counter()
+    def take_turn(self, look: Callable[[], object] = int) -> None:
+        """Lets it run for a turn; `look` is called several times a second, with `seconds` up to date."""
+        before, started = self.seconds, time.perf_counter()
         self._signal(signal.SIGCONT)
-        while self.runs and time.perf_counter() < started + TURN:
-            time.sleep(TURN / 100)
+        while self.runs and self.seconds < before + TURN:
+            time.sleep(LOOK)
+            self.seconds = before + time.perf_counter() - started
+            look()
         self._signal(signal.SIGSTOP)
-        self.seconds += time.perf_counter() - started
+        self.seconds = before + time.perf_counter() - started
 
     def end(self) -> None:
         """Leaves none of them behind, stopped as they are, where something went wrong."""
@@ -208,16 +212,19 @@ def _overhead(trials: int, seconds: float) -> list[Row]:
 
 def _alternate(ours: Side, script: Side, trials: Path) -> float:
     """Lets both run to their ends; the study's seconds from its first trial's start to the last one's end."""
-    first = last = ended = 0
+    marks: dict[str, float] = {}  # seconds at which a trial's file was first seen
+
+    def look() -> None:
+        for file in trials.glob("*/*.json"):
+            marks.setdefault(str(file), ours.seconds)
+
     while ours.runs or script.runs:
-        for side in (ours, script):
-            if side.runs:
-                side.take_turn()
-        if any(trials.glob("*/trial.json")):
-            first = first or ours.seconds
-        if (now := len(list(trials.glob("*/end.json")))) > ended:
-            ended, last = now, ours.seconds
-    return last - first
+        if ours.runs:
+            ours.take_turn(look)
+        if script.runs:
+            script.take_turn()
+    started = min(seconds for file, seconds in marks.items() if file.endswith("trial.json"))
+    return max(seconds for file, seconds in marks.items() if file.endswith("end.json")) - started
 
 
 def _bare_loop(path: Path, share: int) -> None:

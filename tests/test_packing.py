@@ -643,6 +643,7 @@ def test_study_whose_trials_share_a_process_is_a_study_like_any_other(
 
 
 @SLOW
+@pytest.mark.alone  # a stop has seconds for what it saves: a machine that is busy elsewhere may not have the time
 def test_ctrl_c_stops_trials_that_share_a_process_soon_and_costs_them_no_step(tmp_path: Path) -> None:
     resources = {"slots": 2, "concurrency": 2}
     path = write_study(tmp_path, "shared", steps=100_000, points=1, baselines={}, resources=resources)

@@ -53,7 +53,7 @@ POLL_SECONDS = 1.0  # that a question waits for an answer
 LEASE_SECONDS = 30.0
 IDLE_SECONDS = 60.0
 CLOSE_SECONDS = 5.0  # for all trials of an engine to stop in
-HURRY_SECONDS = 1.0  # the same, while a person waits
+HURRY_SECONDS = 2.5  # the same, while a person waits
 ENGINE_LOSSES = 3  # in a row, without a report between them, before a trial fails
 
 

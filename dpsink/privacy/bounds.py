@@ -115,7 +115,7 @@ def _one_step(mechanism: Mechanism, interval: float) -> pld.PrivacyLossDistribut
         use_connect_dots=True,
     )
     # A distribution of up to 1,000 points comes sparse, and composing a sparse one T times first computes the integer
-    # size**T: it hangs for T in the millions, as a study of a thousand trials takes.
+    # size**T: it hangs for T in the millions, which the trials of a large study take together.
     return pld.PrivacyLossDistribution(step._pmf_remove.to_dense_pmf(), step._pmf_add.to_dense_pmf())
 
 
@@ -169,18 +169,17 @@ def _pld_log_excess(mechanism: Mechanism, steps: int, target_epsilon: float, del
 
 
 def mixed_pld_epsilon(parts: Sequence[tuple[Mechanism, int]], delta: float) -> float:
-    """ε of different mechanisms together, each for so many steps, at least one; infinite where rounding could hide δ.
-
-    Whoever asks takes the smaller of this and another bound, and that one where this is not a number.
-    """
+    """ε of different mechanisms together, each for at least one step; infinite where rounding leaves no bound."""
     allowed = delta - _fft_slack(sum(steps for _, steps in parts))
     if allowed <= 0:
         return math.inf
     together = pld.identity(value_discretization_interval=_MIXED_INTERVAL)
-    for mechanism, steps in parts:
-        step = _one_step(mechanism, _MIXED_INTERVAL)
-        together = together.compose(step.self_compose(steps, tail_mass_truncation=_TAIL_MASS))
-    return float(together.get_epsilon_for_delta(allowed))
+    with np.errstate(over="ignore", invalid="ignore"):  # as in `_composed`
+        for mechanism, steps in parts:
+            step = _one_step(mechanism, _MIXED_INTERVAL)
+            together = together.compose(step.self_compose(steps, tail_mass_truncation=_TAIL_MASS))
+        delta_at_zero = float(together.get_delta_for_epsilon(0.0))
+    return float(together.get_epsilon_for_delta(allowed)) if math.isfinite(delta_at_zero) else math.inf
 
 
 def _gaussian_epsilon(mechanism: Mechanism, steps: int, delta: float) -> float:

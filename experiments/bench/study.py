@@ -154,7 +154,7 @@ class Side:
     def runs(self) -> bool:
         return any(process.poll() is None for process in self.processes)
 
-    def take_turn(self, look: Callable[[], object] = int) -> None:
+    def take_turn(self, look: Callable[[], None] = lambda: None) -> None:
         """Lets it run for a turn; `look` is called several times a second, with `seconds` up to date."""
         before, started = self.seconds, time.perf_counter()
         self._signal(signal.SIGCONT)

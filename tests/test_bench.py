@@ -93,6 +93,7 @@ def test_step_measures_each_part(kind: str, columns: set[str], tmp_path: Path) -
     ("kind", "columns"),
     [
         ("scale", {"s", "s a trial", "MB at 4", "status s", "resumed s"}),
+        ("loop", {"extra %", "extra s a trial", "steps"}),
         ("overhead", {"extra %", "extra s a trial", "steps"}),
     ],
 )

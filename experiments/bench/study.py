@@ -1,12 +1,13 @@
 """What a study costs beyond its trials: `python -m experiments.bench.study`.
 
 `scale` runs many trivial trials through the whole path, Ray, search, ledgers, checkpoints and MLflow on sqlite: seconds
-a trial, resident memory of the driver on the way, and how long `status` takes on the result. `overhead` compares
-trials of a minute, two at a time, from the first one's start to the last one's end, with two processes that do nothing
-but train the same trials. The two sides take turns: one has the machine for ten seconds while the other stands still
-(SIGSTOP), and time is counted only while a side has it. A shared machine's speed changes by more from one minute to
-the next than what is to be measured, and so it changes for both. In shorter turns Ray's daemons, whose clocks run on
-while they stand still, would be busy with what has fallen due.
+a trial, resident memory of the driver on the way, and how long `status` takes on the result. `loop` compares trials of
+a minute, one at a time, from the first one's start to the last one's end, with a process that does nothing but train
+the same trials; `overhead` the same with two at a time and two such processes, where a machine of two cores has none
+left for Ray, the search and MLflow. The two sides take turns: one has the machine for five seconds while the other
+stands still (SIGSTOP), and time is counted only while a side has it. A shared machine's speed changes by more from one
+minute to the next than what is to be measured, and so it changes for both. In shorter turns Ray's daemons, whose clocks
+run on while they stand still, would be busy with what has fallen due.
 
 The trials are real ones, only small. `--trials N` is the size of the first, `--seconds S` the length of a trial of
 the second, `--only KIND` runs one part, `--quick` everything tiny (a smoke test), `--json PATH` keeps the numbers.
@@ -34,10 +35,11 @@ from experiments.bench.harness import Measurement, Row, measure, report
 from tune.study import load_study
 
 WORKERS = 2
-TIMED = 12  # searched trials of the overhead part; the control, which takes a second, comes on top
-TURN = 10.0  # seconds that a side has the machine
+TIMED = 6  # searched trials of the timed parts, for each that runs at a time; the control, a second, comes on top
+TURN = 5.0  # seconds that a side has the machine
 TRIVIAL_STEPS, TIMED_STEPS = 2, 200
 PERIOD, LOOK = 0.5, 0.1  # seconds between two looks at a study that runs, and at one that takes turns
+KINDS = ["scale", "loop", "overhead"]
 Values = dict[str, float | str]
 
 
@@ -52,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="what a study costs beyond its trials")
-    parser.add_argument("--only", metavar="KIND", choices=["scale", "overhead"], help="scale or overhead")
+    parser.add_argument("--only", metavar="KIND", choices=KINDS, help=", ".join(KINDS))
     parser.add_argument("--trials", type=int, default=1000, help="of the scale part")
-    parser.add_argument("--seconds", type=float, default=60, help="length of a trial of the overhead part")
+    parser.add_argument("--seconds", type=float, default=60, help="length of a trial of the timed parts")
     parser.add_argument("--quick", action="store_true", help="few trials, of a second: shows that it runs")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the numbers here")
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
@@ -66,11 +68,16 @@ def _measurements(arguments: argparse.Namespace) -> list[Measurement]:
     trials, timed, seconds = (4, 1, 1.0) if arguments.quick else (arguments.trials, TIMED, arguments.seconds)
     return [
         Measurement("scale", f"{trials} trivial trials", partial(_scale, trials)),
-        Measurement("overhead", f"{timed} trials of {seconds:g} s", partial(_overhead, timed, seconds)),
+        Measurement("loop", f"{timed} trials of {seconds:g} s", partial(_timed, "loop", timed, seconds, 1)),
+        Measurement(
+            "overhead",
+            f"{timed * WORKERS} trials of {seconds:g} s",
+            partial(_timed, "overhead", timed * WORKERS, seconds, WORKERS),
+        ),
     ]
 
 
-def _write_study(place: Path, trials: int, steps: int) -> Path:
+def _write_study(place: Path, trials: int, steps: int, workers: int = WORKERS) -> Path:
     tree: dict[str, Any] = {
         "name": "bench",
         "trial": {
@@ -83,7 +90,7 @@ def _write_study(place: Path, trials: int, steps: int) -> Path:
         "algorithm": {"kind": "random", "trials": trials},
         "objectives": ["accuracy_logreg"],
         "test_samples": 100,
-        "resources": {"concurrency": WORKERS},
+        "resources": {"concurrency": workers},
         "storage": str(place),
     }
     path = place / "bench.yaml"
@@ -190,11 +197,12 @@ def _descendants(pids: Sequence[int]) -> list[int]:
     return found
 
 
-def _overhead(trials: int, seconds: float) -> list[Row]:
+def _timed(kind: str, trials: int, seconds: float, workers: int) -> list[Row]:
+    """A study of so many trials, so many at a time, against as many processes with its trials and nothing else."""
     steps = _steps_of(seconds)
     with tempfile.TemporaryDirectory() as place, ExitStack() as started:
-        study = _write_study(Path(place), trials, steps)
-        loops = [("experiments.bench.study", "--bare", str(study), "--share", str(share)) for share in range(WORKERS)]
+        study = _write_study(Path(place), trials, steps, workers)
+        loops = [("experiments.bench.study", "--bare", str(study), "--share", str(share)) for share in range(workers)]
         script = Side([_start(*command) for command in loops])
         started.callback(script.end)
         ours = Side([_start("tune", "sweep", str(study))])
@@ -205,9 +213,9 @@ def _overhead(trials: int, seconds: float) -> list[Row]:
                 raise RuntimeError(f"{process.args} ended with exit code {process.returncode}; its words are above")
     values: Values = {"study s": span, "script s": script.seconds, "whole command s": ours.seconds, "steps": steps}
     values |= {"extra %": 100 * (span / script.seconds - 1)}
-    values |= {"s a trial": script.seconds * WORKERS / trials}  # the wish was an estimate
-    values |= {"extra s a trial": (span - script.seconds) * WORKERS / (trials + 1)}
-    return [Row("overhead", f"{trials} trials of {seconds:g} s", values)]
+    values |= {"s a trial": script.seconds * workers / trials}  # the wish was an estimate
+    values |= {"extra s a trial": (span - script.seconds) * workers / (trials + 1)}
+    return [Row(kind, f"{trials} trials of {seconds:g} s", values)]
 
 
 def _alternate(ours: Side, script: Side, trials: Path) -> float:
@@ -233,7 +241,7 @@ def _bare_loop(path: Path, share: int) -> None:
     study = load_study(path)
     searched = [study.configure({"optimizer.lr": 3e-3})] * study.configurations
     trials = list(enumerate([*map(study.baseline, study.baselines), *searched]))
-    for number, config in trials[share::WORKERS]:
+    for number, config in trials[share :: study.resources.concurrency]:
         for _ in train(config, load_dataset(config.data), path.parent / f"bare-{number}"):
             pass
 

@@ -76,6 +76,21 @@ def test_steps_of_one_mechanism_may_be_told_in_parts():
     assert whole.get_delta_for_epsilon(1.0) == pytest.approx(parts.get_delta_for_epsilon(1.0), rel=1e-10)
 
 
+def test_rare_loss_is_kept_where_the_exponentials_of_all_orders_underflow(recwarn):
+    probs = np.zeros(200_000)
+    probs[0], probs[150_000] = 1 - 1e-12, 1e-12
+    composed = compose([(DensePLDPmf(1e-4, 0, probs, 0.0, True), 1)], TAIL, POINTS)
+    assert composed.get_delta_for_epsilon(14.0) == pytest.approx(1e-12 * -math.expm1(-1.0), rel=1e-2)
+    assert not recwarn.list
+
+
+def test_mass_that_overflows_has_no_answer_and_no_warning(recwarn, monkeypatch):
+    heavy = pld.PrivacyLossDistribution(*(DensePLDPmf(1e-4, 0, np.full(4, 0.5), 0.0, True) for _ in range(2)))
+    monkeypatch.setattr("dpsink.privacy.bounds._one_step", lambda *_: heavy)
+    assert mixed_pld_epsilon([(Mechanism(0.1, 1.0), 100_000)], DELTA) == math.inf
+    assert not recwarn.list
+
+
 def test_result_that_is_too_wide_is_refused():
     points = compose(PARTS, TAIL, POINTS).size
     with pytest.raises(TooWide):

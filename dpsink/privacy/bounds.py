@@ -180,11 +180,12 @@ def mixed_pld_epsilon(parts: Sequence[tuple[Mechanism, int]], delta: float) -> f
     removing = [(step._pmf_remove.to_dense_pmf(), steps) for step, steps in losses]
     adding = [(step._pmf_add.to_dense_pmf(), steps) for step, steps in losses]
     try:
-        remove, add = (compose(each, _TAIL_MASS, _MAX_MIXED_POINTS) for each in (removing, adding))
+        with np.errstate(over="ignore", invalid="ignore"):  # as in `_composed`
+            remove, add = (compose(each, _TAIL_MASS, _MAX_MIXED_POINTS) for each in (removing, adding))
+            together = pld.PrivacyLossDistribution(remove, add)
+            delta_at_zero = float(together.get_delta_for_epsilon(0.0))
     except TooWide:
         return math.inf
-    together = pld.PrivacyLossDistribution(remove, add)
-    delta_at_zero = float(together.get_delta_for_epsilon(0.0))
     return float(together.get_epsilon_for_delta(allowed)) if math.isfinite(delta_at_zero) else math.inf
 
 

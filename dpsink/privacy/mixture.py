@@ -18,6 +18,7 @@ from scipy.fft import next_fast_len
 # Of Chernoff's bound, in standard deviations of the sum: about 8.4 would be best for a normal one and a mass of 1e-15,
 # less where its tail is heavy.
 _ORDERS = (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 12.0)
+_LEAST = 1e-290  # of a sum of exponentials: below it terms that count may have underflowed
 Part = tuple[DensePLDPmf, int]  # the loss of one step, and how many steps
 
 
@@ -45,6 +46,9 @@ def compose(parts: Sequence[Part], tail_mass: float, most_points: int) -> DenseP
         tail_mass: that is cut off at most, and counts as a certain loss.
         most_points: of the result.
 
+    Returns:
+        The distribution; not finite, with NumPy's warnings, where rounding has added so much mass that it overflows.
+
     Raises:
         TooWide: it has more.
     """
@@ -63,11 +67,11 @@ def compose(parts: Sequence[Part], tail_mass: float, most_points: int) -> DenseP
 def _spectrum(parts: Sequence[Part], length: int) -> np.ndarray:
     """The product of the transforms' powers, by modulus and phase: five times as fast as complex powers."""
     modulus, phase = np.zeros(length // 2 + 1), np.zeros(length // 2 + 1)
-    with np.errstate(divide="ignore"):  # the logarithm of a frequency that is not there
-        for pmf, steps in parts:
-            transform = np.fft.rfft(pmf._probs, length)
+    for pmf, steps in parts:
+        transform = np.fft.rfft(pmf._probs, length)
+        with np.errstate(divide="ignore"):  # a frequency that is not there
             modulus += steps * np.log(np.abs(transform))
-            phase += steps * np.angle(transform)
+        phase += steps * np.angle(transform)
     return np.exp(modulus) * np.exp(1j * phase)
 
 
@@ -92,8 +96,9 @@ def _variance(pmf: DensePLDPmf) -> float:
 
 
 def _log_mgf(pmf: DensePLDPmf, orders: np.ndarray) -> np.ndarray:
-    """ln E[exp(order · index)] of one step: float64 [orders]; infinite where it overflows."""
+    """ln E[exp(order · index)] of one step: float64 [orders]; infinite where it cannot be told."""
     index = np.arange(pmf.size)
     shift = np.where(orders > 0, orders * (pmf.size - 1), 0.0)  # the largest exponent, so that nothing overflows
-    sums = [float(np.exp(order * index - most) @ pmf._probs) for order, most in zip(orders, shift, strict=True)]
-    return np.log(sums) + shift
+    sums = np.array([np.exp(order * index - most) @ pmf._probs for order, most in zip(orders, shift, strict=True)])
+    # Too small a value would cut off more than was asked for.
+    return np.where(sums > _LEAST, np.log(np.maximum(sums, _LEAST)) + shift, math.inf)

@@ -84,6 +84,13 @@ def test_rare_loss_is_kept_where_the_exponentials_of_all_orders_underflow(recwar
     assert not recwarn.list
 
 
+def test_rare_loss_is_kept_where_rounding_left_less_than_nothing_at_the_far_end():
+    probs = np.zeros(200)
+    probs[0], probs[100], probs[-1] = 1 - 1e-12, 1e-12, -1e-25
+    composed = compose([(DensePLDPmf(1e-4, 0, probs, 0.0, True), 1)], TAIL, POINTS)
+    assert composed.get_delta_for_epsilon(0.005) == pytest.approx(1e-12 * -math.expm1(-0.005), abs=2e-15)
+
+
 def test_mass_that_overflows_has_no_answer_and_no_warning(recwarn, monkeypatch):
     heavy = pld.PrivacyLossDistribution(*(DensePLDPmf(1e-4, 0, np.full(4, 0.5), 0.0, True) for _ in range(2)))
     monkeypatch.setattr("dpsink.privacy.bounds._one_step", lambda *_: heavy)

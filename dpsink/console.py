@@ -1,5 +1,7 @@
 """What all commands share: exit codes, one-line errors, JSON on stdout and everything else on stderr."""
 
+import atexit
+import gc
 import json
 import logging
 import math
@@ -36,6 +38,7 @@ def new_app(name: str, purpose: str) -> typer.Typer:
 
 def run(app: typer.Typer) -> None:
     """Runs a command line to its exit code: 0, 1 failed, 2 bad input (one line, no traceback)."""
+    atexit.register(gc.freeze)  # the interpreter's last collection would take seconds over torch, Ray and MLflow
     try:
         code = app(standalone_mode=False) or 0
         if code == INTERRUPTED:  # typer has caught Ctrl-C, and says nothing
@@ -89,14 +92,18 @@ def table(*columns: str, title: str | None = None) -> Table:
     return made
 
 
-def progress(unit: str, *, quiet: bool = False) -> Progress:
-    """A bar on stderr with what is done, how long it took and how long it will take; none where no person looks."""
+def progress(unit: str, *, quiet: bool = False, transient: bool = False) -> Progress:
+    """A bar on stderr with what is done, how long it took and how long it will take; none where no person looks.
+
+    Args:
+        transient: whether it goes when it is done.
+    """
     done = TextColumn(f"{{task.completed:,.0f}}/{{task.total:,.0f}} {unit}")
     columns = (
         TextColumn("{task.description}"), BarColumn(), done,
         TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(elapsed_when_finished=False),
     )  # fmt: skip
-    return Progress(*columns, console=err, disable=quiet or not err.is_terminal)
+    return Progress(*columns, console=err, disable=quiet or not err.is_terminal, transient=transient)
 
 
 def metric_text(value: float | None) -> str:

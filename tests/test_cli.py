@@ -738,3 +738,14 @@ def test_performance_that_cannot_be_had_is_one_line_and_writes_nothing(
     )
     assert (answer.code, len(answer.err.strip().splitlines())) == (2, 1)
     assert not (tmp_path / "run").exists()
+
+
+def test_command_leaves_without_a_last_collection_over_all_that_was_loaded() -> None:
+    """It took two seconds with torch, Ray and MLflow loaded, and counted among the ten of Ctrl-C."""
+    script = (
+        "import atexit, gc, sys; from dpsink import cli; sys.argv = ['dpsink', '--help'];"
+        "atexit.register(lambda: print('frozen', gc.get_freeze_count() > 0)); cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "frozen" not in done.stderr
+    assert done.stdout.splitlines()[-1] == "frozen True"

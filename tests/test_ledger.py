@@ -436,6 +436,25 @@ def test_study_of_one_trial_reports_its_own_pld_figure_as_spent(folder):
         assert ledger.spent() == epsilon(**{**dataclasses.asdict(SMALL), "steps": 40}, delta=DELTA)
 
 
+GRID = [TrialCost(0.01, 2.0 + index / 10, 100) for index in range(12)]
+
+
+def test_reading_that_cannot_wait_composes_no_grid_and_is_never_less_than_the_exact_one(folder, monkeypatch):
+    with open_planned(folder, [*GRID, *GRID], adaptive=False) as ledger:
+        for number, cost in enumerate(GRID):
+            ledger.admit(f"trial-{number}", cost)
+        exact = ledger.spent()
+        monkeypatch.setattr("dpsink.privacy.ledger._mixed_epsilon", lambda *_: pytest.fail("composed"))
+        assert exact < ledger.spent(exact=False) <= rdp_epsilon(GRID) * (1 + 1e-9)
+
+
+def test_reading_that_cannot_wait_is_exact_where_mechanisms_are_few(folder):
+    with open_planned(folder, GRID[:3], adaptive=False) as ledger:
+        for number, cost in enumerate(GRID[:3]):
+            ledger.admit(f"trial-{number}", cost)
+        assert ledger.spent(exact=False) == ledger.spent()
+
+
 # Publishing only the best
 
 

@@ -65,3 +65,20 @@ def test_what_was_spent_is_read_once_for_each_time_that_trials_end(
     session.waiting()
     monkeypatch.setattr(session, "write_statement", lambda: pytest.fail("read again"))
     session.waiting()
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_only_a_study_that_has_ended_waits_for_the_exact_reading(
+    session: Session, monkeypatch: pytest.MonkeyPatch, finished: bool
+) -> None:
+    asked: list[bool] = []
+    statement = StudyAccounts.statement
+
+    def ask(self: StudyAccounts, trial_epsilon: float, *, exact: bool) -> Any:
+        asked.append(exact)
+        return statement(self, trial_epsilon, exact=exact)
+
+    monkeypatch.setattr(StudyAccounts, "statement", ask)
+    session.finished = finished
+    session.write_statement()
+    assert asked == [finished]

@@ -355,6 +355,16 @@ def test_a_sealed_study_needs_no_space(tmp_path: Path) -> None:
     assert len(check_study(load(tmp_path, **SEALED, space={}), None).terms.planned) == 1
 
 
+@pytest.mark.parametrize(("sigmas", "told"), [([3, 4], False), (list(range(3, 12)), True)])
+def test_grid_of_many_mechanisms_says_beforehand_that_their_budgets_take_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, sigmas: list[int], told: bool
+) -> None:
+    caplog.set_level("INFO", "dpsink")
+    space = {"privacy.noise_multiplier": {"choice": sigmas}}
+    check_study(load(tmp_path, space=space, algorithm={"kind": "grid"}), None)
+    assert ("may cost in 9 settings" in caplog.text) is told
+
+
 @pytest.mark.parametrize(("shape", "expected"), [("logarithmic", 1.78), ("geometric", 2.14)])
 def test_a_selection_in_a_study_file_costs_the_measured_epsilon(
     tmp_path: Path, digits: ImageData, monkeypatch: pytest.MonkeyPatch, shape: str, expected: float

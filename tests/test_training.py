@@ -313,6 +313,24 @@ def test_noise_is_calibrated_to_given_steps(digits: ImageData) -> None:
     assert 9.9 < plan.epsilon(300) <= 10
 
 
+def test_step_limit_beyond_the_budget_leaves_the_steps_that_the_budget_affords(digits: ImageData) -> None:
+    limited = derive_plan(small("privacy.step_limit=100000000"), len(digits.train))
+    assert limited.steps == derive_plan(small("privacy.step_limit=null"), len(digits.train)).steps
+    assert limited.epsilon(limited.steps) <= 10 < limited.epsilon(limited.steps + 1)
+
+
+def test_step_limit_within_the_budget_spares_the_search_for_all_that_it_affords(
+    digits: ImageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("dpsink.privacy.plan.max_steps")
+    assert derive_plan(small("privacy.step_limit=6"), len(digits.train)).steps == 6
+
+
+def test_step_limit_that_cannot_be_accounted_leaves_the_steps_that_the_budget_affords(digits: ImageData) -> None:
+    limited = derive_plan(small(f"privacy.step_limit={10**12}"), len(digits.train))
+    assert limited.steps == derive_plan(small("privacy.step_limit=null"), len(digits.train)).steps
+
+
 PRIVATE_SCORES = ["data.validation=private", "privacy.score_noise=3"]
 
 

@@ -1,6 +1,7 @@
 """Checks and plans of a study, made before anything starts and before any private record is used."""
 
 import itertools
+import logging
 import math
 import random
 import tempfile
@@ -9,15 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dpsink import console
 from dpsink.config import TrialConfig
 from dpsink.data import ImageData, load_dataset
 from dpsink.errors import InputError
 from dpsink.evaluation import require_extractor
 from dpsink.privacy.accounts import AccountTerms, TrialCosts
-from dpsink.privacy.ledger import TrialCost, composed_epsilon, planned_epsilon
+from dpsink.privacy.ledger import FEW, TrialCost, composed_epsilon, planned_epsilon
 from dpsink.privacy.plan import PrivacyPlan, derive_plan
 from tune.space import active, conditions
 from tune.study import Study
+
+log = logging.getLogger("dpsink")
 
 # Searched paths that decide what a trial costs, in training and in scores; with none of them costs are fixed.
 COSTLY = frozenset({"privacy.noise_multiplier", "privacy.batch_size", "privacy.steps", "privacy.step_limit"})
@@ -75,10 +79,7 @@ def check_study(study: Study, data_root: Path | None) -> StudyPlan:
         require_extractor(common.evaluation.extractor)
     records = len(data.train)
     baselines = {name: derive_plan(config, records) for name, config in configs.items()}
-    if points is not None:
-        searched = [derive_plan(config, records) for config in searched_configs]
-    else:
-        searched = _affordable(searched_configs, records)
+    searched = (_affordable if points is None else _plans)(searched_configs, records)
     _check_room(study, baselines.values(), searched)
     inside = _affordable(_probes(study), records, needed=False) if study.sealed and len(searched_configs) > 1 else []
     return StudyPlan(
@@ -200,6 +201,16 @@ def _common_settings(configs: list[TrialConfig]) -> TrialConfig:
             if mine != other:
                 raise InputError(f"{path} must be the same in all trials of a study, not {mine} and {other}")
     return first
+
+
+def _plans(configs: Sequence[TrialConfig], records: int) -> list[PrivacyPlan]:
+    """Their plans; what a budget affords takes seconds to find for each mechanism that is new to this machine."""
+    privacy = [config.privacy for config in configs]
+    different = len({(one.noise_multiplier, one.batch_size, one.steps) for one in privacy})
+    if different > FEW:
+        log.info("working out what a trial may cost in %d settings: seconds for each, the first time", different)
+    with console.progress("settings", transient=True) as bar:
+        return [derive_plan(config, records) for config in bar.track(configs, description="what a trial may cost")]
 
 
 def _affordable(configs: Sequence[TrialConfig], records: int, *, needed: bool = True) -> list[PrivacyPlan]:

@@ -146,8 +146,8 @@ class Session:
         self.accounts.refuse_if_fenced()
 
     def write_statement(self) -> None:
-        """Records what may be said about the study's privacy by now."""
-        statement = self.accounts.statement(self.plan.target_epsilon)
+        """Records what may be said about the study's privacy by now; before the end nobody is kept waiting for it."""
+        statement = self.accounts.statement(self.plan.target_epsilon, exact=self.finished)
         if earlier := self.folder.read_study().repeats:
             statement = statement.after(earlier.name, earlier.epsilon, earlier.delta, earlier.spent)
         self._show_spent(statement)

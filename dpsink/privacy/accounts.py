@@ -165,13 +165,16 @@ class StudyAccounts:
         """ε spent so far, an odometer reading: the larger of the accounts'."""
         return max(ledger.spent() for ledger in self._ledgers.values())
 
-    def statement(self, trial_epsilon: float) -> PrivacyStatement:
+    def statement(self, trial_epsilon: float, *, exact: bool = True) -> PrivacyStatement:
         """What may be said about the study: the larger account's statement, with both accounts in it.
 
         Args:
             trial_epsilon: ε of a trial on its own, over both accounts.
+            exact: as for `StudyLedger.spent`.
         """
-        statements = {RECORDS[name]: ledger.statement(trial_epsilon) for name, ledger in self._ledgers.items()}
+        statements = {
+            RECORDS[name]: ledger.statement(trial_epsilon, exact=exact) for name, ledger in self._ledgers.items()
+        }
         if len(statements) == 1:
             return statements[RECORDS[TRAINING]]
         largest = max(statements.values(), key=_size)

@@ -45,6 +45,7 @@ ORDERS = (
     *(1 + tenths / 10 for tenths in range(1, 100)),
     *(float(order) for order in (*range(11, 65), 80, 96, 128, 192, 256, 512, 1024)),
 )
+FEW = 8  # different mechanisms: to compose more takes a second and longer
 _ROUNDING = 1e-9  # relative slack, on the safe side, against the rounding of sums
 
 
@@ -214,15 +215,20 @@ def composed_epsilon(costs: Iterable[TrialCost], delta: float) -> float:
     a run that stops early publishes less than the full run (for concurrency Vadhan & Zhang 2023, "Concurrent
     composition theorems for differential privacy").
     """
-    steps: Counter[tuple[float, float]] = Counter()  # by (sample rate, noise multiplier)
-    for cost in costs:
-        steps[cost.sample_rate, cost.noise_multiplier] += cost.steps
-    kinds = sorted((TrialCost(*kind, total) for kind, total in steps.items() if total and kind[0]), key=astuple)
+    kinds = _mechanisms(costs)
     if any(kind.noise_multiplier == 0 for kind in kinds):
         return math.inf
     if len(kinds) == 1:
         return epsilon(**asdict(kinds[0]), delta=delta)
     return _mixed_epsilon(tuple(kinds), delta) if kinds else 0.0
+
+
+def _mechanisms(costs: Iterable[TrialCost]) -> list[TrialCost]:
+    """The different mechanisms that are paid for, each with all its steps."""
+    steps: Counter[tuple[float, float]] = Counter()  # by (sample rate, noise multiplier)
+    for cost in costs:
+        steps[cost.sample_rate, cost.noise_multiplier] += cost.steps
+    return sorted((TrialCost(*kind, total) for kind, total in steps.items() if total and kind[0]), key=astuple)
 
 
 @lru_cache(maxsize=256)  # a composition takes a second, and a study asks again whenever a trial has ended
@@ -677,28 +683,35 @@ class StudyLedger:
             self._chain.append(f"settle-{trial_id}.json", {"steps": steps_charged})
             self._settled[trial_id] = steps_charged
 
-    def spent(self) -> float:
+    def spent(self, *, exact: bool = True) -> float:
         """ε spent so far: an odometer reading, not a claim; the claim is `cap`.
 
         Trials that have not ended count with their worst case. It is a sum at the order that looks best
         afterwards (for fixed costs, the PLD of what ran). A selection is paid in full by its first trial.
+
+        Args:
+            exact: False is for who cannot wait: more than `FEW` different mechanisms count by RDP, a little more.
         """
         costs = self._charged()
         if self.plan.guarantee == "selection":
             return (self.cap or 0.0) if costs else 0.0
-        if self.plan.guarantee == "fixed_costs":
-            return min(composed_epsilon(costs, self.delta), self.cap or 0.0)
-        return _rdp_epsilon(costs, self.delta) if any(cost.steps for cost in costs) else 0.0
+        if self.plan.guarantee != "fixed_costs":
+            return _rdp_epsilon(costs, self.delta) if any(cost.steps for cost in costs) else 0.0
+        quick = not exact and len(_mechanisms(costs)) > FEW
+        return min(_rdp_epsilon(costs, self.delta) if quick else composed_epsilon(costs, self.delta), self.cap or 0.0)
 
-    def statement(self, trial_epsilon: float, *, assumptions: Sequence[str] = ()) -> PrivacyStatement:
+    def statement(
+        self, trial_epsilon: float, *, assumptions: Sequence[str] = (), exact: bool = True
+    ) -> PrivacyStatement:
         """What may be said about the study.
 
         Args:
             trial_epsilon: ε of a trial on its own, at the study's δ; infinite without privacy.
             assumptions: what the study adds to the assumptions, for example which data are declared public.
+            exact: as for `spent`.
         """
         guarantee, per_trial_only = self.plan.guarantee, self.policy == "per_trial_only"
-        accountants = ("pld",) if guarantee == "fixed_costs" else ("pld", "rdp")
+        accountants = ("pld",) if guarantee == "fixed_costs" and exact else ("pld", "rdp")
         secrecy = [_secrecy(self._selection)] if self._selection else []
         return PrivacyStatement(
             policy=self.policy,
@@ -708,7 +721,7 @@ class StudyLedger:
             study_delta=self.delta,
             guarantee=_CLAIMS[guarantee],
             order=self.plan.order,
-            spent=self.spent(),
+            spent=self.spent(exact=exact),
             accountants=tuple(accountant_version(accountant) for accountant in accountants),
             assumptions=(*_ASSUMPTIONS, *secrecy, *assumptions),
             not_covered=(*([_SELECTION_NOT_COVERED] if per_trial_only else []), *_NOT_COVERED),

@@ -7,6 +7,7 @@ from dpsink.config import PrivacyConfig, TrialConfig
 from dpsink.errors import InputError
 from dpsink.privacy.accounting import epsilon, max_steps, noise_multiplier_for
 from dpsink.privacy.budget import BudgetTerms
+from dpsink.privacy.questions import MAX_STEPS
 
 NON_PRIVATE = "NON-PRIVATE"
 
@@ -174,6 +175,11 @@ def _noise_and_steps(privacy: PrivacyConfig, sample_rate: float) -> tuple[float,
 
 
 def _affordable_steps(privacy: PrivacyConfig, sigma: float, sample_rate: float) -> int:
+    limit = privacy.step_limit
+    if limit is not None and limit <= MAX_STEPS:  # asking about the limit alone takes one composition of many
+        asked = {"steps": limit, "delta": privacy.delta, "sample_rate": sample_rate, "noise_multiplier": sigma}
+        if epsilon(**asked) <= privacy.target_epsilon:
+            return limit
     steps = max_steps(
         target_epsilon=privacy.target_epsilon, delta=privacy.delta, sample_rate=sample_rate, noise_multiplier=sigma
     )
@@ -185,4 +191,4 @@ def _affordable_steps(privacy: PrivacyConfig, sigma: float, sample_rate: float) 
             f"privacy.noise_multiplier={sigma:g} allows no step within epsilon {privacy.target_epsilon:g} at sample "
             f"rate {sample_rate:.4g}; choose at least {smallest:.4g}"
         )
-    return min(steps, privacy.step_limit or steps)
+    return min(steps, limit or steps)

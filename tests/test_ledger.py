@@ -448,6 +448,14 @@ def test_reading_that_cannot_wait_composes_no_grid_and_is_never_less_than_the_ex
         assert exact < ledger.spent(exact=False) <= rdp_epsilon(GRID) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize(("mechanisms", "names"), [(GRID[:3], ["dp-accounting"]), (GRID, ["dp-accounting", "opacus"])])
+def test_statement_that_cannot_wait_names_the_accountants_that_were_asked(folder, mechanisms, names):
+    with open_planned(folder, mechanisms, adaptive=False) as ledger:
+        for number, cost in enumerate(mechanisms):
+            ledger.admit(f"trial-{number}", cost)
+        assert [one.split()[0] for one in ledger.statement(1.0, exact=False).accountants] == names
+
+
 def test_reading_that_cannot_wait_is_exact_where_mechanisms_are_few(folder):
     with open_planned(folder, GRID[:3], adaptive=False) as ledger:
         for number, cost in enumerate(GRID[:3]):

@@ -697,8 +697,12 @@ class StudyLedger:
             return (self.cap or 0.0) if costs else 0.0
         if self.plan.guarantee != "fixed_costs":
             return _rdp_epsilon(costs, self.delta) if any(cost.steps for cost in costs) else 0.0
-        quick = not exact and len(_mechanisms(costs)) > FEW
-        return min(_rdp_epsilon(costs, self.delta) if quick else composed_epsilon(costs, self.delta), self.cap or 0.0)
+        read = composed_epsilon if exact or self._read_fast() else _rdp_epsilon
+        return min(read(costs, self.delta), self.cap or 0.0)
+
+    def _read_fast(self) -> bool:
+        """Whether what was spent so far can be composed at once."""
+        return len(_mechanisms(self._charged())) <= FEW
 
     def statement(
         self, trial_epsilon: float, *, assumptions: Sequence[str] = (), exact: bool = True
@@ -711,7 +715,8 @@ class StudyLedger:
             exact: as for `spent`.
         """
         guarantee, per_trial_only = self.plan.guarantee, self.policy == "per_trial_only"
-        accountants = ("pld",) if guarantee == "fixed_costs" and exact else ("pld", "rdp")
+        composed = guarantee == "fixed_costs" and (exact or self._read_fast())
+        accountants = ("pld",) if composed else ("pld", "rdp")
         secrecy = [_secrecy(self._selection)] if self._selection else []
         return PrivacyStatement(
             policy=self.policy,

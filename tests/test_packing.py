@@ -326,6 +326,25 @@ def test_closed_engine_stops_its_trials_and_takes_no_other(tmp_path: Path, start
             call()
 
 
+def test_engine_is_not_closed_before_a_client_that_left_first_has_its_trial_stopped(
+    tmp_path: Path, start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dpsink import training
+
+    save = training.save_checkpoint
+    monkeypatch.setattr(training, "save_checkpoint", lambda *rest: (time.sleep(1), save(*rest))[1])
+    folder = study_of(tmp_path, a=[LONG])
+    engine = start(folder)
+    token = engine.join("a")
+    wait_for(lambda: has_reserved(folder, "a"), "some steps")
+    client = threading.Thread(target=engine.leave, args=("a", token))
+    client.start()
+    wait_for(lambda: not engine._leases, "the client to leave")
+    engine.close()
+    assert charged(folder, "a") == saved_step(folder, "a") > 0
+    client.join()
+
+
 def test_engine_without_a_lease_ends_itself_and_one_with_a_lease_does_not(tmp_path: Path, start: Any) -> None:
     folder = study_of(tmp_path, a=[LONG])
     engine = start(folder, idle_seconds=0.5)

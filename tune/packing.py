@@ -328,13 +328,13 @@ class GpuEngine:
         stopped.exception()  # was logged
 
     def close(self) -> None:
-        """Stops all trials, and lets nobody join any more."""
+        """Lets nobody join any more; all trials are stopped, with everything durable, when this returns."""
         with self._changed:
             self._closed = True
-            self._changed.notify_all()
-            stopped = [self._end(lease) for lease in list(self._leases.values())]
-        for one in stopped:
-            one.exception()  # was logged
+            for lease in list(self._leases.values()):
+                self._end(lease)  # what went wrong is logged
+            behind = self._note(lambda: None)  # also behind the stops of clients who left a moment ago
+        behind.result()
 
     def _lease(self, name: str, token: str) -> _Lease:
         """The lease that a client has, renewed."""

@@ -27,7 +27,8 @@ from tune.check import Preflight
 from tune.cluster import NODE_LOSSES, Interrupted, TooLarge, _Following, _is_memory, _Limited, _Relay, run_on_ray
 from tune.fitness import UnfitNode
 from tune.folder import StudyFolder
-from tune.nodes import Node, leave_ray
+from tune.nodes import Node
+from tune.own_ray import leave_ray
 from tune.room import Blocked
 from tune.search import StudySearcher
 from tune.study import Resources, Study
@@ -109,6 +110,9 @@ class Silent:
         pass
 
     def spared(self, name: str, error: str) -> None:
+        pass
+
+    def failed(self, name: str, error: str) -> None:
         pass
 
     def pause(self) -> None:
@@ -268,6 +272,16 @@ def test_trials_that_run_are_told_to_stop_and_waited_for_a_few_seconds(
 def test_study_without_a_running_trial_stops_at_once(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         relay_in(tmp_path, lambda: True).on_step_begin(0, [])
+
+
+@pytest.mark.parametrize("event", ["start", "result", "complete", "recover", "error"])
+def test_every_event_of_a_trial_is_followed_by_a_look_without_a_rest(tmp_path: Path, event: str) -> None:
+    heard: list[str] = []
+    relay, trial = relay_in(tmp_path), Lost("RuntimeError: it broke", tmp_path)
+    relay._pace.hear = lambda: heard.append(event)
+    told = {"result": packed({"step": 1})} if event == "result" else {}
+    getattr(relay, f"on_trial_{event}")(0, [], trial, **told)
+    assert heard == [event]
 
 
 class Handle:

@@ -33,7 +33,7 @@ from tests.test_sweep import Command, folder_of, wait_for, write_study
 from tune import cluster, schema
 from tune.cluster import TooLarge
 from tune.folder import StudyFolder
-from tune.nodes import leave_ray
+from tune.own_ray import leave_ray
 from tune.packing import GpuEngine, LeaseLost, LeaseRanOut, News, Packing, closing_engines, run_packed
 from tune.search import make_record
 from tune.study import Resources, Study, load_study

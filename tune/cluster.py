@@ -30,7 +30,8 @@ from dpsink import console
 from dpsink.errors import InputError
 from tune.fitness import UnfitNode
 from tune.folder import StudyFolder
-from tune.nodes import leave_ray
+from tune.own_ray import leave_ray, start_own_ray
+from tune.pace import Pace
 from tune.packing import Packing, closing_engines, run_packed
 from tune.room import FULL, Blocked, require_room
 from tune.search import StudySearcher
@@ -98,7 +99,7 @@ class Listener(Protocol):
         ...
 
     def waiting(self) -> None:
-        """Tune is about to wait for its trials: several times a second."""
+        """Tune is about to wait for its trials: more than once a second."""
         ...
 
 
@@ -112,6 +113,7 @@ class _Relay(tune.Callback):
         self._losses: Counter[str] = Counter()
         self._deadline: float | None = None  # of trials that were told to stop
         self._steps: Counter[str] = Counter()  # of the last reports
+        self._pace = Pace()
 
     def __getstate__(self) -> dict[str, Any]:
         """Ray pickles callbacks into a state of its own, which is never used here."""
@@ -124,10 +126,20 @@ class _Relay(tune.Callback):
         with _kept_from_tune():
             self.listener.waiting()
 
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        time.sleep(self._pace.seconds())
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._pace.hear()
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._pace.hear()
+
     def _stop(self, trials: list[Any]) -> None:
         """Lets the trials end after their step, with everything durable, as far as a few seconds allow."""
         if self._deadline is None:
             self._deadline = time.monotonic() + STOP_SECONDS
+            self._pace.hear()
             self.searcher.pause()
             self.folder.order(stop=True)
         if time.monotonic() > self._deadline or not any(trial.status == Trial.RUNNING for trial in trials):
@@ -135,6 +147,7 @@ class _Relay(tune.Callback):
 
     @_kept_from_tune()
     def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: Any, **info: Any) -> None:
+        self._pace.hear()
         name, told = trial.config["trial"], unpacked(result)
         if told["step"] > self._steps[name]:  # it gets on: what it failed of before is behind it
             self._steps[name], trial.run_metadata.num_failures = told["step"], 0
@@ -142,11 +155,13 @@ class _Relay(tune.Callback):
 
     @_kept_from_tune()
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._pace.hear()
         self._forgive(trial)
         self.listener.recovered(trial.config["trial"], _reason(trial))
 
     @_kept_from_tune()
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._pace.hear()
         name, reason = trial.config["trial"], _reason(trial)
         if reason == NO_MEMORY:
             self.listener.spared(name, reason)
@@ -300,10 +315,7 @@ def _start(study: Study) -> int:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what matters is told in one line of our own
     connected = ray.is_initialized()
     if not connected:
-        ray.init(
-            address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
-            configure_logging=True,
-        )  # fmt: skip
+        start_own_ray()
     fitting = _room(study.resources)
     if fitting == 0 and not (connected and study.resources.concurrency):
         _refuse_too_large(study.resources, GROWS if connected else "lower it")

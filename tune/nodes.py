@@ -1,6 +1,5 @@
 """What each node of a cluster has: packages, memory, a graphics card, the data, the storage."""
 
-import gc
 import subprocess
 import time
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import Any
 
 from dpsink.config import DataConfig, Strict
 from dpsink.errors import InputError
+from tune.own_ray import leave_ray, start_own_ray
 from tune.room import free_memory
 from tune.shared import can_be_read, try_out
 from tune.versions import versions
@@ -44,32 +44,16 @@ def cluster(address: str | None) -> Iterator[None]:
     import ray
 
     try:
-        ray.init(address or "local", include_dashboard=False if address is None else None, log_to_driver=False,
-                 logging_level=logging.CRITICAL)  # fmt: skip
+        if address is None:
+            start_own_ray(logging.CRITICAL)
+        else:
+            ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:
         raise InputError(f"--address {address}: no Ray cluster answers ({str(error).splitlines()[0][:200]})") from None
     try:
         yield
     finally:
         leave_ray()
-
-
-def leave_ray() -> None:
-    """Ends this process's connection to Ray.
-
-    Garbage is collected before and not meanwhile: where another thread's collection meets an actor's handle in the
-    middle of Ray's shutdown, Ray ends the whole process.
-    """
-    import ray
-
-    collects = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        ray.shutdown()
-    finally:
-        if collects:
-            gc.enable()
 
 
 def ask_nodes(data: DataConfig, root: Path, place: Path) -> list[Node]:

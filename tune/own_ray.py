@@ -1,0 +1,47 @@
+"""A Ray of this process's own, on this machine alone, and the end of the connection to any Ray."""
+
+import gc
+import logging
+import os
+from typing import Any
+
+REPORTS = "REPORTER_UPDATE_INTERVAL_MS"  # between two looks of Ray's agent at what processes use
+SELDOM = "60000"  # for there is no dashboard to show it
+
+
+def start_own_ray(level: int = logging.ERROR) -> None:
+    """Starts Ray, and ends three of its daemons that have nothing to do in a cluster of one machine and one study.
+
+    No worker's output is shown, no page is served and no node is added; but each looks for such work many times a
+    second, and beside trials on all cores the three took as much as Ray's other daemons together. A cluster that a
+    person has started keeps all of it.
+
+    Args:
+        level: of Ray's own words on the console.
+    """
+    import ray
+    from ray._private import worker  # Ray has an option for it in `ray start`, and none here
+
+    os.environ.setdefault(REPORTS, SELDOM)
+    ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=level)
+    node: Any = worker._global_node
+    for end in (node.kill_log_monitor, node.kill_dashboard, node.kill_monitor):
+        end(check_alive=False)
+
+
+def leave_ray() -> None:
+    """Ends this process's connection to Ray.
+
+    Garbage is collected before and not meanwhile: where another thread's collection meets an actor's handle in the
+    middle of Ray's shutdown, Ray ends the whole process.
+    """
+    import ray
+
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        ray.shutdown()
+    finally:
+        if collects:
+            gc.enable()

@@ -20,8 +20,9 @@ start_own_ray()
 import os
 running = list(children(os.getpid()))
 answer = ray.get(ray.remote(lambda: 6 * 7).remote())
+pages = ray.get(ray.remote(lambda: os.environ["GLIBC_TUNABLES"]).remote())
 leave_ray()
-print(json.dumps({"running": running, "answer": answer, "left": list(children(os.getpid()))}))
+print(json.dumps({"running": running, "answer": answer, "pages": pages, "left": list(children(os.getpid()))}))
 """
 
 
@@ -47,6 +48,11 @@ def test_daemon_with_work_runs(told: dict[str, object], daemon: str) -> None:
 @pytest.mark.slow
 def test_tasks_are_done(told: dict[str, object]) -> None:
     assert told["answer"] == 42
+
+
+@pytest.mark.slow
+def test_workers_ask_for_huge_pages(told: dict[str, object]) -> None:
+    assert told["pages"] == "glibc.malloc.hugetlb=1"
 
 
 @pytest.mark.slow

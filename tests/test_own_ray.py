@@ -52,7 +52,7 @@ def test_tasks_are_done(told: dict[str, object]) -> None:
 
 @pytest.mark.slow
 def test_workers_ask_for_huge_pages(told: dict[str, object]) -> None:
-    assert told["pages"] == "glibc.malloc.hugetlb=1"
+    assert told["pages"] == "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1"
 
 
 @pytest.mark.slow

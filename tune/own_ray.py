@@ -8,8 +8,9 @@ from typing import Any
 # Of Ray's daemons and workers, unless a person has set them.
 ENVIRONMENT = {
     "REPORTER_UPDATE_INTERVAL_MS": "60000",  # of what processes use; there is no dashboard to show it
-    # Memory in pages of 2 MiB, where the kernel gives them to who asks: steps of a small trial take 6 % less on a CPU.
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    # Memory in pages of 2 MiB, where the kernel gives them to who asks; and from one heap for all threads, since only
+    # that one asks, and a trial runs in a thread of Tune's. Measured: `experiments/bench/README.md`.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
 }
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 OWN = """
-import json, ray
+import json, os, ray
 from pathlib import Path
 from tune.own_ray import leave_ray, start_own_ray
 
@@ -17,7 +17,6 @@ def children(parent):
             yield (stat.parent / "cmdline").read_text().replace(chr(0), " ")
 
 start_own_ray()
-import os
 running = list(children(os.getpid()))
 answer = ray.get(ray.remote(lambda: 6 * 7).remote())
 pages = ray.get(ray.remote(lambda: os.environ["GLIBC_TUNABLES"]).remote())

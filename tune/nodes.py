@@ -49,7 +49,8 @@ def cluster(address: str | None) -> Iterator[None]:
         else:
             ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL)
     except Exception as error:
-        raise InputError(f"--address {address}: no Ray cluster answers ({str(error).splitlines()[0][:200]})") from None
+        what = f"--address {address}: no Ray cluster answers" if address else "Ray does not start on this machine"
+        raise InputError(f"{what} ({str(error).splitlines()[0][:200]})") from None
     try:
         yield
     finally:

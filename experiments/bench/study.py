@@ -4,10 +4,12 @@
 a trial, resident memory of the driver on the way, and how long `status` takes on the result. `loop` compares trials of
 a minute, one at a time, from the first one's start to the last one's end, with a process that does nothing but train
 the same trials; `overhead` the same with two at a time and two such processes, where a machine of two cores has none
-left for Ray, the search and MLflow. The two sides take turns: one has the machine for five seconds while the other
-stands still (SIGSTOP), and time is counted only while a side has it. A shared machine's speed changes by more from one
-minute to the next than what is to be measured, and so it changes for both. In shorter turns Ray's daemons, whose clocks
-run on while they stand still, would be busy with what has fallen due.
+left for Ray, the search and MLflow. Such a process is started twice: as a person starts it, the script, and with the
+settings of memory that a study gives its workers, the tuned script; what the study costs beyond the second is what it
+costs without its better memory. The sides take turns: one has the machine for five seconds while the others stand still
+(SIGSTOP), and time is counted only while a side has it. A shared machine's speed changes by more from one minute to the
+next than what is to be measured, and so it changes for all. In shorter turns Ray's daemons, whose clocks run on while
+they stand still, would be busy with what has fallen due.
 
 The trials are real ones, only small. `--trials N` is the size of the first, `--seconds S` the length of a trial of
 the second, `--only KIND` runs one part, `--quick` everything tiny (a smoke test), `--json PATH` keeps the numbers.
@@ -21,10 +23,11 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -32,6 +35,7 @@ import yaml
 from dpsink.data import load_dataset
 from dpsink.training import train, use_threads
 from experiments.bench.harness import Measurement, Row, measure, report
+from tune.own_ray import ENVIRONMENT
 from tune.study import load_study
 
 WORKERS = 2
@@ -128,9 +132,9 @@ def _run_study(study: Path, marks: Sequence[int] = ()) -> Values:
     return {"s": time.perf_counter() - started, "first trial s": first, **values}
 
 
-def _start(module: str, *arguments: str) -> subprocess.Popen[bytes]:
-    """A command with its output thrown away."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def _start(module: str, *arguments: str, settings: Mapping[str, str] = MappingProxyType({})) -> subprocess.Popen[bytes]:
+    """A command with its output thrown away, and with settings in its environment."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **settings}
     return subprocess.Popen([sys.executable, "-m", module, *arguments], stdout=subprocess.DEVNULL, env=environment)
 
 
@@ -202,35 +206,50 @@ def _timed(kind: str, trials: int, seconds: float, workers: int) -> list[Row]:
     steps = _steps_of(seconds)
     with tempfile.TemporaryDirectory() as place, ExitStack() as started:
         study = _write_study(Path(place), trials, steps, workers)
-        loops = [("experiments.bench.study", "--bare", str(study), "--share", str(share)) for share in range(workers)]
-        script = Side([_start(*command) for command in loops])
-        started.callback(script.end)
+        script, tuned = (_scripts(study, workers, settings) for settings in ({}, ENVIRONMENT))
         ours = Side([_start("tune", "sweep", str(study))])
-        started.callback(ours.end)
-        span = _alternate(ours, script, study.parent / "bench" / "trials")
-        for process in [*ours.processes, *script.processes]:
-            if process.returncode:
-                raise RuntimeError(f"{process.args} ended with exit code {process.returncode}; its words are above")
-    values: Values = {"study s": span, "script s": script.seconds, "whole command s": ours.seconds, "steps": steps}
-    values |= {"extra %": 100 * (span / script.seconds - 1)}
+        sides = [ours, script, tuned]
+        for side in sides:
+            started.callback(side.end)
+        span = _alternate(sides, study.parent / "bench" / "trials")
+        _require_success(sides)
+    values: Values = {"study s": span, "script s": script.seconds, "tuned script s": tuned.seconds}
+    values |= {"whole command s": ours.seconds, "steps": steps}
+    values |= {"extra %": _extra(span, script), "extra % of tuned": _extra(span, tuned)}
     values |= {"s a trial": script.seconds * workers / trials}  # the wish was an estimate
     values |= {"extra s a trial": (span - script.seconds) * workers / (trials + 1)}
     return [Row(kind, f"{trials} trials of {seconds:g} s", values)]
 
 
-def _alternate(ours: Side, script: Side, trials: Path) -> float:
-    """Lets both run to their ends; the study's seconds from its first trial's start to the last one's end."""
+def _scripts(study: Path, workers: int, settings: Mapping[str, str]) -> Side:
+    """A process for each worker, with its share of the study's trials."""
+    share = ("experiments.bench.study", "--bare", str(study), "--share")
+    return Side([_start(*share, str(number), settings=settings) for number in range(workers)])
+
+
+def _extra(seconds: float, side: Side) -> float:
+    """Percent beyond a side's time."""
+    return 100 * (seconds / side.seconds - 1)
+
+
+def _require_success(sides: Sequence[Side]) -> None:
+    for process in (process for side in sides for process in side.processes):
+        if process.returncode:
+            raise RuntimeError(f"{process.args} ended with exit code {process.returncode}; its words are above")
+
+
+def _alternate(sides: Sequence[Side], trials: Path) -> float:
+    """Lets all run to their ends, the study's first; its seconds from its first trial's start to the last one's end."""
+    ours = sides[0]
     marks: dict[str, float] = {}  # seconds at which a trial's file was first seen
 
-    def look() -> None:
+    def look() -> None:  # finds nothing new in another's turn, and takes as long
         for file in trials.glob("*/*.json"):
             marks.setdefault(str(file), ours.seconds)
 
-    while ours.runs or script.runs:
-        if ours.runs:
-            ours.take_turn(look)
-        if script.runs:
-            script.take_turn(look)  # finds nothing, and takes as long
+    while any(side.runs for side in sides):
+        for side in (side for side in sides if side.runs):
+            side.take_turn(look)
     started = min(seconds for file, seconds in marks.items() if file.endswith("trial.json"))
     return max(seconds for file, seconds in marks.items() if file.endswith("end.json")) - started
 
@@ -241,8 +260,9 @@ def _bare_loop(path: Path, share: int) -> None:
     study = load_study(path)
     searched = [study.configure({"optimizer.lr": 3e-3})] * study.configurations
     trials = list(enumerate([*map(study.baseline, study.baselines), *searched]))
+    place = Path(tempfile.mkdtemp(dir=path.parent))
     for number, config in trials[share :: study.resources.concurrency]:
-        for _ in train(config, load_dataset(config.data), path.parent / f"bare-{number}"):
+        for _ in train(config, load_dataset(config.data), place / str(number)):
             pass
 
 

@@ -176,7 +176,10 @@ class Side:
         self._signal(signal.SIGSTOP)
         self.seconds = before + time.perf_counter() - started
 
-    def end(self) -> None:
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Leaves none of them behind, stopped as they are, where something went wrong."""
         self._signal(signal.SIGKILL)
         for process in self.processes:
@@ -206,11 +209,10 @@ def _timed(kind: str, trials: int, seconds: float, workers: int) -> list[Row]:
     steps = _steps_of(seconds)
     with tempfile.TemporaryDirectory() as place, ExitStack() as started:
         study = _write_study(Path(place), trials, steps, workers)
-        script, tuned = (_scripts(study, workers, settings) for settings in ({}, ENVIRONMENT))
-        ours = Side([_start("tune", "sweep", str(study))])
+        script = started.enter_context(_scripts(study, workers, {}))
+        tuned = started.enter_context(_scripts(study, workers, ENVIRONMENT))
+        ours = started.enter_context(Side([_start("tune", "sweep", str(study))]))
         sides = [ours, script, tuned]
-        for side in sides:
-            started.callback(side.end)
         span = _alternate(sides, study.parent / "bench" / "trials")
         _require_success(sides)
     values: Values = {"study s": span, "script s": script.seconds, "tuned script s": tuned.seconds}
